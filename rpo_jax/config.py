@@ -1,0 +1,417 @@
+"""The configuration of a run: frozen dataclasses, strict conversion, one place for every default.
+
+A config file defines `get_config(arg="")`, which takes `defaults()`, changes what differs and returns
+it. The commands turn the result into a `Config` once, with `resolve`; after that nothing is a string
+that should have been a number, and nothing is misspelt.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from rpo_jax.errors import UserError
+
+_REQUIRED = object()
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A config field: its default, what it means, and which values are allowed."""
+    metadata = {
+        "doc": doc,
+        "above": above,
+        "at_least": at_least,
+        "below": below,
+        "at_most": at_most,
+        "choices": choices,
+    }
+    if default is _REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(doc: str, **limits: Any) -> Any:
+    """A config field without a default: a config that leaves it out is refused."""
+    return option(_REQUIRED, doc, **limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which network, in which precision, by which implementation."""
+
+    shape: str = option(
+        "",
+        "a shipped shape (rpo_jax/model/shapes), a path to an HF config.json, or empty for the "
+        "shape of `init_from`",
+    )
+    param_dtype: str = option(
+        "float32", "dtype of the trained weights", choices=("float32", "bfloat16")
+    )
+    compute_dtype: str = option(
+        "float32", "dtype of activations and matmul inputs", choices=("float32", "bfloat16")
+    )
+    remat: str = option(
+        "none",
+        "what the backward pass recomputes: nothing, all but the matmul outputs, or whole layers",
+        choices=("none", "dots", "full"),
+    )
+    scan_layers: bool = option(True, "lower one layer and scan it, or unroll all of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Text to ids."""
+
+    path: str = option(
+        "",
+        "an HF tokenizer.json or a SentencePiece .model; empty: the tokenizer of `init_from`, or, "
+        "for a run from random weights, a SentencePiece model trained on its text",
+    )
+    train_vocab_size: int = option(
+        2048, "size of a SentencePiece model trained on the run's text", at_least=300
+    )
+    end_of_text: str = option(
+        "", "token that ends documents and responses; empty: the tokenizer's own (<|endoftext|>)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fictional:
+    """The embedded world: a closed, invented medicine. Seeds from 1000 on are test worlds."""
+
+    seed: int = option(0, "number of the world", at_least=0)
+    size: str = option("quick", "preset", choices=("tiny", "quick", "standard"))
+    text: str = option(
+        "textbook",
+        "passages of a cpt stage: general (language and answer formats), textbook, or both",
+        choices=("general", "textbook", "both"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Igakuqa:
+    """The Japanese medical licensing exam, from a copy that the user fetched (FACTS in docs)."""
+
+    directory: str = option("", "folder that holds 2018..2022; empty: $IGAKUQA_DIR")
+    train_years: tuple[int, ...] = option((2018, 2019, 2020, 2021), "years trained on")
+    heldout_years: tuple[int, ...] = option((2022,), "years held out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where text and pairs come from, and how they become records."""
+
+    source: str = option(
+        "files", "origin of the text or pairs", choices=("files", "fictional", "igakuqa")
+    )
+    train: tuple[str, ...] = option(
+        (), "source=files: text (.jsonl with `text`, .txt, also .gz) or preference JSONL; globs"
+    )
+    heldout: tuple[str, ...] = option((), "source=files: the same, held out")
+    fictional: Fictional = dataclasses.field(default_factory=Fictional)
+    igakuqa: Igakuqa = dataclasses.field(default_factory=Igakuqa)
+    row_length: int = option(512, "tokens a packed row (cpt)", at_least=8)
+    prompt_length: int = option(384, "prompt slot of a pair row, in tokens (rpo)", at_least=1)
+    response_length: int = option(
+        128, "slot of each response of a pair row, in tokens, its end of text included", at_least=2
+    )
+    max_dropped_share: float = option(
+        0.01,
+        "stop if a larger share of the input cannot become records",
+        at_least=0.0,
+        at_most=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rpo:
+    """Reasoning Preference Optimization, arXiv:2404.19733v3 eq. 1 (defaults: its section 4)."""
+
+    beta: float = option(0.1, "inverse temperature of the DPO term", above=0.0)
+    alpha: float = option(1.0, "weight of the NLL term; 0 is DPO", at_least=0.0)
+    label_smoothing: float = option(
+        0.0, "probability that a preference is the wrong way round (cDPO)", at_least=0.0, below=0.5
+    )
+    nll_tokens: str = option(
+        "completion",
+        "tokens of the NLL term: the chosen response, or its prompt too (as ORPO takes it)",
+        choices=("completion", "prompt+completion"),
+    )
+    nll_norm: str = option(
+        "sequence",
+        "sequence: each NLL over its own length, then the mean over pairs (eq. 1); batch_tokens: "
+        "one token mean over the global batch (TRL)",
+        choices=("sequence", "batch_tokens"),
+    )
+    share_prefix: bool = option(
+        True, "one copy of the prompt serves both responses of a pair; never changes a number"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, clipping and the learning-rate schedule."""
+
+    learning_rate: float = option(1e-5, "peak learning rate", above=0.0)
+    schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
+    warmup_steps: int = option(0, "linear from 0", at_least=0)
+    final_fraction: float = option(
+        0.1, "of the peak, at the last step of a cosine", at_least=0.0, at_most=1.0
+    )
+    b1: float = option(0.9, "decay of the first moment", at_least=0.0, below=1.0)
+    b2: float = option(0.95, "decay of the second moment", at_least=0.0, below=1.0)
+    eps: float = option(1e-8, "added to the root of the second moment", above=0.0)
+    weight_decay: float = option(
+        0.0, "decoupled; matrices only, never norms or biases", at_least=0.0
+    )
+    clip_norm: float = option(1.0, "global gradient norm; 0 does not clip", at_least=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices a mesh axis; one axis may be -1: whatever is left."""
+
+    data: int = option(-1, "replicas of the weights", at_least=-1)
+    fsdp: int = option(1, "shards of weights and optimizer state, and of the batch", at_least=-1)
+    seq: int = option(1, "shards of a row", at_least=-1)
+    tensor: int = option(1, "shards of heads, MLP and vocabulary", at_least=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    steps: int = required("optimizer steps", at_least=1)
+    batch_rows: int = required("rows of the global batch", at_least=1)
+    micro_batches: int = option(
+        1, "parts the global batch is cut into, one after the other", at_least=1
+    )
+    loss_chunk: int = option(
+        256, "positions of each row whose logits exist at a time", at_least=1
+    )
+    log_every_steps: int = option(10, "metrics", at_least=1)
+    eval_every_steps: int = option(
+        0, "held-out measures during the run; 0: before and after only", at_least=0
+    )
+    eval_rows: int = option(256, "held-out rows looked at; 0: all", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is kept."""
+
+    save_every_steps: int = option(100, "besides the last step", at_least=1)
+    keep: int = option(2, "newest checkpoints kept", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Who is told."""
+
+    tensorboard: bool = option(True, "write event files")
+    wandb_project: str = option("", "Weights & Biases project; empty: off (extra `wandb`)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    stage: str = required("what is trained", choices=("cpt", "rpo"))
+    name: str = required("name of the run: its folder under `workdir`")
+    workdir: str = option("runs", "where runs and prepared data go")
+    seed: int = option(0, "of initialisation and order", at_least=0)
+    init_from: str = option(
+        "", "run or converted checkpoint whose weights this run starts from; empty: random"
+    )
+    model: Model = dataclasses.field(default_factory=Model)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    data: Data = dataclasses.field(default_factory=Data)
+    rpo: Rpo = dataclasses.field(default_factory=Rpo)
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    train: Train = dataclasses.field(default_factory=Train)  # type: ignore[arg-type]
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    log: Log = dataclasses.field(default_factory=Log)
+
+
+def defaults() -> ConfigDict:
+    """Every field of `Config`, at its default; a required one is an empty placeholder."""
+    return _defaults(Config).lock()
+
+
+def _defaults(cls: type) -> ConfigDict:
+    values = {}
+    for field, kind in _fields(cls):
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _defaults(kind)  # type: ignore[arg-type]
+        elif field.default is dataclasses.MISSING:
+            values[field.name] = config_dict.placeholder(kind)
+        else:
+            values[field.name] = field.default
+    return ConfigDict(values)
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Turns what a config file returned into a `Config`.
+
+    Raises:
+        UserError: one line for each unknown, missing, mistyped or out-of-range field, with its dotted
+            name, the value and what is allowed; then for each contradiction between fields.
+    """
+    problems: list[str] = []
+    config = _build(Config, values, "", problems)
+    if not problems:
+        problems = list(_contradictions(config))
+    if problems:
+        raise UserError("\n".join(f"config: {problem}" for problem in problems))
+    return config
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    known = [field.name for field, _ in _fields(cls)]
+    problems.extend(
+        f"{prefix}{key} is not a field{suggestion(key, known)}"
+        for key in values
+        if key not in known
+    )
+    built = {}
+    for field, kind in _fields(cls):
+        name = prefix + field.name
+        value = values.get(field.name)
+        if dataclasses.is_dataclass(kind):
+            if value is not None and not isinstance(value, Mapping | ConfigDict):
+                problems.append(f"{name} is a section with fields of its own, not {value!r}")
+                continue
+            built[field.name] = _build(kind, value or {}, name + ".", problems)  # type: ignore[arg-type]
+        elif value is None and field.default is dataclasses.MISSING:
+            problems.append(f"{name} is missing: {field.metadata['doc']}")
+        elif value is None:
+            built[field.name] = field.default
+        else:
+            value, problem = _convert(value, kind)
+            problem = problem or _limit(value, field.metadata)
+            if problem:
+                problems.append(f"{name}={value!r}: {problem}")
+            built[field.name] = value
+    return cls(**built) if not problems else None
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """", did you mean `x`?" for the closest known name, or the list of all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _convert(value: Any, kind: Any) -> tuple[Any, str]:
+    if isinstance(kind, types.GenericAlias):
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            return value, f"a list of {item.__name__} is wanted"
+        pairs = [_convert(v, item) for v in value]
+        return tuple(v for v, _ in pairs), next((p for _, p in pairs if p), "")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), ""
+    if type(value) is not kind:
+        return value, f"{kind.__name__} is wanted, not {type(value).__name__}"
+    return value, ""
+
+
+def _limit(value: Any, limits: Mapping[str, Any]) -> str:
+    if limits["choices"] is not None and value not in limits["choices"]:
+        return f"one of {', '.join(limits['choices'])} is wanted"
+    if isinstance(value, float) and value != value:  # NaN passes every comparison below
+        return "a number is wanted"
+    if limits["above"] is not None and not value > limits["above"]:
+        return f"must be above {limits['above']}"
+    if limits["at_least"] is not None and not value >= limits["at_least"]:
+        return f"must be at least {limits['at_least']}"
+    if limits["below"] is not None and not value < limits["below"]:
+        return f"must be below {limits['below']}"
+    if limits["at_most"] is not None and not value <= limits["at_most"]:
+        return f"must be at most {limits['at_most']}"
+    return ""
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    train, mesh, data = config.train, config.mesh, config.data
+    if train.batch_rows % train.micro_batches:
+        yield (
+            f"train.batch_rows={train.batch_rows} is not a multiple of "
+            f"train.micro_batches={train.micro_batches}"
+        )
+    sizes = dataclasses.asdict(mesh)
+    if any(size == 0 for size in sizes.values()):
+        yield f"mesh={sizes}: an axis has at least one device, or -1 for what is left"
+    if sum(size == -1 for size in sizes.values()) > 1:
+        yield f"mesh={sizes}: at most one axis may be -1"
+    if config.optim.warmup_steps >= train.steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
+            f"train.steps={train.steps}"
+        )
+    if data.source == "files":
+        for split in ("train", "heldout"):
+            if not getattr(data, split):
+                yield f"data.{split} is empty: data.source=files needs files"
+    if data.source == "igakuqa":
+        both = set(data.igakuqa.train_years) & set(data.igakuqa.heldout_years)
+        if both:
+            yield f"data.igakuqa: {sorted(both)} is both trained on and held out"
+    if config.stage == "rpo" and not config.init_from:
+        yield "init_from is empty: stage=rpo prefers against the model it starts from"
+    if not config.init_from and not config.model.shape:
+        yield "model.shape is empty, and there is no init_from to take the shape from"
+    if not config.name or "/" in config.name:
+        yield f"name={config.name!r}: a folder name is wanted"
+
+
+def describe() -> str:
+    """One line for each field: dotted name, default, meaning. For `--help`."""
+    return "\n".join(_describe(Config, ""))
+
+
+def _describe(cls: type, prefix: str) -> Iterator[str]:
+    for field, kind in _fields(cls):
+        if dataclasses.is_dataclass(kind):
+            yield from _describe(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            continue
+        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        choices = field.metadata["choices"]
+        allowed = f" [{' | '.join(choices)}]" if choices else ""
+        yield f"  --config.{prefix}{field.name} ({default}){allowed}\n      {field.metadata['doc']}"
+
+
+def field_names() -> list[str]:
+    """Every field and section of `Config` by its dotted name."""
+    return list(_field_names(Config, ""))
+
+
+def _field_names(cls: type, prefix: str) -> Iterator[str]:
+    for field, kind in _fields(cls):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(kind):
+            yield from _field_names(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain dicts, ready for JSON; `resolve` reads it back."""
+    return dataclasses.asdict(config)

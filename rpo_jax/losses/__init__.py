@@ -1,0 +1,1 @@
+"""Log-probabilities and the preference losses on them: arrays and floats only."""

@@ -1,0 +1,268 @@
+"""Qwen2.5: pre-norm RMSNorm, grouped-query attention with q/k/v biases, RoPE, SwiGLU.
+
+The modules are Flax Linen; what leaves this file is plain: `init_params` gives a nested dict of arrays,
+`param_axes` the same dict with the logical axes of each, and `forward` is a pure function of it. All
+layers lie stacked along a leading axis, so that the same code lowers 2 layers or 80.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rpo_jax.config import Model as ModelConfig
+from rpo_jax.model.attention import attend, rope_frequencies, rotate, visible
+from rpo_jax.model.shape import ModelShape
+from rpo_jax.sharding.rules import constrain
+
+Params = dict[str, Any]
+
+_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A shape together with how it is computed; hashable, so that it can be a static argument."""
+
+    shape: ModelShape
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+
+
+def make_network(shape: ModelShape, config: ModelConfig) -> Network:
+    """The network that a config asks for."""
+    return Network(
+        shape, config.param_dtype, config.compute_dtype, config.remat, config.scan_layers
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis; statistics in float32."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale_D = self.param("scale", init, x_BTD.shape[-1:], self.param_dtype)
+        wide = x_BTD.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return scale_D.astype(x_BTD.dtype) * wide.astype(x_BTD.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias) over the last `len(inputs)` axes of x.
+
+    `inputs` and `outputs` map logical axis names to sizes, e.g. {"embed": D} -> {"heads": N,
+    "head_dim": H}; the kernel has their shapes joined.
+    """
+
+    inputs: dict[str, int]
+    outputs: dict[str, int]
+    stddev: float
+    param_dtype: str
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        n = len(self.inputs)
+        axes = (*self.inputs, *self.outputs)
+        shape = (*self.inputs.values(), *self.outputs.values())
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), axes)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=n)
+        if self.bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
+            bias = self.param("bias", init, tuple(self.outputs.values()), self.param_dtype)
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention."""
+
+    network: Network
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        visible_BTT: Bool[Array, "B T T"],
+    ) -> Float[Array, "B T D"]:
+        shape = self.network.shape
+        linear = partial(
+            Linear, stddev=shape.initializer_range, param_dtype=self.network.param_dtype
+        )
+        width = {"embed": shape.hidden_size}
+        heads = {"heads": shape.num_attention_heads, "head_dim": shape.head_dim}
+        kv_heads = {"kv_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
+        q_BTNH = linear(width, heads, bias=True, name="q")(x_BTD)
+        k_BTKH = linear(width, kv_heads, bias=True, name="k")(x_BTD)
+        v_BTKH = linear(width, kv_heads, bias=True, name="v")(x_BTD)
+        frequencies = rope_frequencies(shape.head_dim, shape.rope_theta)
+        q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
+        k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
+        q_BTNH = constrain(q_BTNH, "batch", "row", "act_heads", None)
+        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, visible_BTT)
+        return linear(heads, width, name="o")(y_BTNH)
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    network: Network
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        shape = self.network.shape
+        linear = partial(
+            Linear, stddev=shape.initializer_range, param_dtype=self.network.param_dtype
+        )
+        width, hidden = {"embed": shape.hidden_size}, {"mlp": shape.intermediate_size}
+        gate_BTF = linear(width, hidden, name="gate")(x_BTD)
+        up_BTF = linear(width, hidden, name="up")(x_BTD)
+        y_BTF = constrain(nn.silu(gate_BTF) * up_BTF, "batch", "row", "act_mlp")
+        return linear(hidden, width, name="down")(y_BTF)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    network: Network
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        visible_BTT: Bool[Array, "B T T"],
+    ) -> Float[Array, "B T D"]:
+        norm = partial(RMSNorm, self.network.shape.rms_norm_eps, self.network.param_dtype)
+        x_BTD = constrain(x_BTD, "batch", "row", "act_embed")
+        attention = Attention(self.network, name="attention")
+        x_BTD = x_BTD + attention(norm(name="attention_norm")(x_BTD), positions_BT, visible_BTT)
+        x_BTD = x_BTD + Mlp(self.network, name="mlp")(norm(name="mlp_norm")(x_BTD))
+        return constrain(x_BTD, "batch", "row", "act_embed")
+
+
+class Table(nn.Module):
+    """A matrix with a row a vocabulary entry: the input embedding, or the output head."""
+
+    network: Network
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        shape = self.network.shape
+        init = nn.with_logical_partitioning(nn.initializers.normal(shape.initializer_range), self.axes)
+        size = (shape.vocab_size, shape.hidden_size)
+        return self.param("table", init, size, self.network.param_dtype)
+
+
+def _init_boxed(network: Network, key: Array) -> tuple[Any, Any]:
+    """One layer's and the other parameters, still boxed with their axes."""
+    shape = network.shape
+    x_BTD = jnp.zeros((1, 1, shape.hidden_size), network.compute_dtype)
+    one_BT = jnp.zeros((1, 1), jnp.int32)
+    keys = jax.random.split(key, 3)
+
+    def init_layer(layer_key: Array) -> Any:
+        see = visible(one_BT, one_BT)
+        return Block(network).init(layer_key, x_BTD, one_BT, see)["params"]
+
+    norm = RMSNorm(shape.rms_norm_eps, network.param_dtype)
+    tied = shape.tie_word_embeddings
+    lookup = ("vocab", "embed") if tied else ("vocab_lookup", "embed_lookup")
+    rest = {
+        "embed": Table(network, lookup).init(keys[0])["params"],
+        "norm": norm.init(keys[0], x_BTD)["params"],
+    }
+    if not tied:
+        rest["head"] = Table(network, ("vocab", "embed")).init(keys[1])["params"]
+    return partial(init_layer), {"key": keys[2], **rest}
+
+
+def init_params(network: Network, key: Array) -> Params:
+    """Random weights, as HF initialises them: normal of `initializer_range`, zero biases, unit norms.
+
+    Returns:
+        {"embed": {"table" [V, D]}, "layers": {...} each with a leading axis L, "norm": {"scale" [D]},
+        "head": {"table" [V, D]} unless tied}.
+    """
+    init_layer, rest = _init_boxed(network, key)
+    layer_keys = jax.random.split(rest.pop("key"), network.shape.num_hidden_layers)
+    layers = jax.vmap(lambda layer_key: nn.meta.unbox(init_layer(layer_key)))(layer_keys)
+    return {**nn.meta.unbox(rest), "layers": layers}
+
+
+def abstract_params(network: Network) -> Params:
+    """Shapes and dtypes of the weights, without allocating them."""
+    return jax.eval_shape(partial(init_params, network), jax.random.key(0))
+
+
+def param_axes(network: Network) -> Params:
+    """The logical axes of every weight: the tree of `init_params` with tuples of names as leaves."""
+
+    def boxes(key: Array) -> tuple[Any, Any]:
+        init_layer, rest = _init_boxed(network, key)
+        return init_layer(rest.pop("key")), rest
+
+    layer, rest = jax.eval_shape(boxes, jax.random.key(0))
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, nn.LogicallyPartitioned)
+
+    layers = jax.tree.map(lambda box: ("layers", *box.names), layer, is_leaf=is_box)
+    return {**jax.tree.map(lambda box: box.names, rest, is_leaf=is_box), "layers": layers}
+
+
+def count_params(network: Network) -> int:
+    """Number of weights."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(network)))
+
+
+def forward(
+    network: Network,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    branch_ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Hidden states after the last norm, in the compute dtype; see `attention.visible` for the ids."""
+    x_BTD = params["embed"]["table"].astype(network.compute_dtype)[tokens_BT]
+    see_BTT = visible(segment_ids_BT, branch_ids_BT)
+
+    def layer(x_BTD: Array, weights: Params) -> tuple[Array, None]:
+        block = Block(network)
+        return block.apply({"params": weights}, x_BTD, positions_BT, see_BTT), None
+
+    if network.remat != "none":
+        layer = jax.checkpoint(
+            layer, prevent_cse=not network.scan_layers, policy=_REMAT_POLICIES[network.remat]
+        )
+    if network.scan_layers:
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, params["layers"])
+    else:
+        for index in range(network.shape.num_hidden_layers):
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]))
+    norm = RMSNorm(network.shape.rms_norm_eps, network.param_dtype)
+    return norm.apply({"params": params["norm"]}, x_BTD)
+
+
+def head_table(params: Params) -> Float[Array, "V D"]:
+    """The output head, one row a vocabulary entry; of a tied model the embedding itself."""
+    return params.get("head", params["embed"])["table"]

@@ -1,0 +1,91 @@
+"""One table from logical axes to mesh axes, for weights, optimizer state, activations and batches."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rpo_jax.errors import UserError
+
+# A logical axis -> the mesh axes it is cut over. An axis of size 1 cuts nothing.
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "row": ("seq",),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    # weights
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    # The head multiplies, so its vocabulary is cut; the input table is looked up, and a lookup in a
+    # table cut by rows would gather the whole of it: its columns are cut instead.
+    "vocab": ("tensor",),
+    "vocab_lookup": (),
+    "embed_lookup": ("fsdp", "tensor"),
+}
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> P:
+    """The mesh axes of an array with these logical axes; None is an axis that is never cut."""
+    return P(*(RULES[axis] or None if axis is not None else None for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its place on the current mesh (`jax.set_mesh`).
+
+    Outside any mesh, as in a notebook on one device, there is nothing to pin; `train` always sets a
+    mesh, and a test counts the constraints in its lowered step.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def make_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of arrays.
+
+    Args:
+        abstract: tree of anything with a `.shape`.
+        axes: the same tree, its leaves tuples of logical axis names.
+        mesh: the device mesh.
+
+    Raises:
+        UserError: an axis of an array does not divide by its mesh axes; names all such arrays.
+    """
+    problems: list[str] = []
+
+    def place(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        assert len(names) == len(leaf.shape), (path, names, leaf.shape)
+        for name, size in zip(names, leaf.shape, strict=True):
+            cuts = RULES[name] if name is not None else ()
+            count = 1
+            for axis in cuts:
+                count *= mesh.shape[axis]
+            if size % count:
+                problems.append(
+                    f"mesh: {jax.tree_util.keystr(path, simple=True, separator='/')} has {size} along "
+                    f"{name!r}, which {'*'.join(cuts)}={count} does not divide"
+                )
+        return NamedSharding(mesh, partition_spec(names))
+
+    shardings = jax.tree_util.tree_map_with_path(place, abstract, axes)
+    if problems:
+        raise UserError("\n".join(problems))
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of every array of a batch: rows over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())

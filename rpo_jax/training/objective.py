@@ -1,0 +1,149 @@
+"""What a stage minimises, written so that any cut of the global batch gives the same number.
+
+An `Objective` turns rows into *sums* (grouped by what they are to be divided by), counts the divisors
+apart, and makes the loss from the *means*. The loss is linear in the sums: a micro-batch divided by the
+counts of the global batch contributes exactly its share, whatever its own mix of short and long rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rpo_jax.config import Rpo as RpoConfig
+from rpo_jax.losses.preference import dpo, rpo, sequence_nll
+from rpo_jax.losses.token_logps import token_logps
+from rpo_jax.model.qwen2 import Network, Params, forward, head_table
+
+Batch = dict[str, Array]
+Hyper = dict[str, Array]  # loss weights and learning rate: traced, so that no value recompiles
+Sums = dict[str, dict[str, Array]]  # divisor -> name -> sum
+Counts = dict[str, Array]  # divisor -> how many
+
+CHOSEN, REJECTED, PROMPT = 0, 1, 2  # values of target_side
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Sums over rows, their divisors, and the loss as a function of the means."""
+
+    sums: Callable[[Params, Batch, Hyper], Sums]
+    counts: Callable[[Batch], Counts]
+    loss: Callable[[dict[str, Array], Hyper], Array]
+
+
+def divide(sums: Sums, counts: Counts) -> dict[str, Array]:
+    """The means, flat; a divisor of 0 gives 0."""
+    return {
+        name: value / jnp.maximum(counts[divisor], 1)
+        for divisor, group in sums.items()
+        for name, value in group.items()
+    }
+
+
+def target_logps(
+    network: Network, params: Params, batch: Batch, chunk: int
+) -> Float[Array, "B M"]:
+    """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0.
+
+    Rows are as `data.rows` makes them. Where `target_index` is present only those positions are
+    projected on the vocabulary; otherwise every position of the row predicts its label.
+    """
+    hidden_BTD = forward(
+        network,
+        params,
+        batch["tokens"],
+        batch["segment_ids"],
+        batch.get("branch_ids", jnp.zeros_like(batch["tokens"])),
+        batch["positions"],
+    )
+    if "target_index" in batch:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)
+    logps_BM = token_logps(hidden_BTD, head_table(params), batch["labels"], chunk)
+    return jnp.where(batch["target_mask"] > 0, logps_BM, 0.0)
+
+
+def make_cpt_objective(network: Network, chunk: int) -> Objective:
+    """Continued pretraining: nats/token, a mean over all predicted tokens of the global batch."""
+
+    def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
+        return {"tokens": {"nll": -jnp.sum(target_logps(network, params, batch, chunk))}}
+
+    def counts(batch: Batch) -> Counts:
+        return {"tokens": jnp.sum(batch["target_mask"], dtype=jnp.float32)}
+
+    return Objective(sums, counts, lambda means, hyper: means["nll"])
+
+
+def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objective:
+    """RPO on pair rows; `batch["reference_logps"]` are the reference's, a token each, float32."""
+    by_tokens = config.nll_norm == "batch_tokens"
+    with_prompt = config.nll_tokens == "prompt+completion"
+
+    def in_nll(batch: Batch) -> Array:
+        side_BM = batch["target_side"]
+        trained = (side_BM == CHOSEN) | (side_BM == PROMPT) if with_prompt else side_BM == CHOSEN
+        return trained * batch["target_mask"]
+
+    def counts(batch: Batch) -> Counts:
+        length_BP = _sum_by_side(batch["target_mask"], batch)
+        return {
+            "pairs": jnp.sum(length_BP[:, CHOSEN] > 0, dtype=jnp.float32),
+            "nll_tokens": jnp.sum(in_nll(batch), dtype=jnp.float32),
+        }
+
+    def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
+        logps_BM = target_logps(network, params, batch, chunk)
+        ratio_BP = _sum_by_side(logps_BM - batch["reference_logps"] * batch["target_mask"], batch)
+        logp_BP = _sum_by_side(logps_BM, batch)
+        exists_B = _sum_by_side(batch["target_mask"], batch)[:, CHOSEN] > 0
+        margin_B = ratio_BP[:, CHOSEN] - ratio_BP[:, REJECTED]
+        nll_mask_BM = in_nll(batch)
+        nll_logp_B = jnp.sum(logps_BM * nll_mask_BM, axis=1)
+        nll_B = sequence_nll(nll_logp_B, jnp.sum(nll_mask_BM, axis=1))
+        per_pair = {
+            "dpo": dpo(margin_B, hyper["beta"], hyper["label_smoothing"]),
+            "margin": margin_B,
+            "chosen_log_ratio": ratio_BP[:, CHOSEN],
+            "rejected_log_ratio": ratio_BP[:, REJECTED],
+            "reward_accuracy": (margin_B > 0) + 0.5 * (margin_B == 0),
+            "preference_accuracy": logp_BP[:, CHOSEN] > logp_BP[:, REJECTED],
+            "chosen_logp": logp_BP[:, CHOSEN],
+            "rejected_logp": logp_BP[:, REJECTED],
+        }
+        per_token = {}
+        if by_tokens:
+            per_token["nll"] = -nll_logp_B
+        else:
+            per_pair["nll"] = nll_B
+        return {
+            "pairs": {name: jnp.sum(value_B * exists_B) for name, value_B in per_pair.items()},
+            "nll_tokens": {name: jnp.sum(value_B) for name, value_B in per_token.items()},
+        }
+
+    def loss(means: dict[str, Array], hyper: Hyper) -> Array:
+        return rpo(means["dpo"], means["nll"], hyper["alpha"])
+
+    return Objective(sums, counts, loss)
+
+
+def _sum_by_side(values_BM: Array, batch: Batch) -> Float[Array, "B P"]:
+    """Sums over the targets of the chosen and of the rejected response of each row."""
+    sides: Int[Array, "P"] = jnp.array([CHOSEN, REJECTED])
+    is_side_BMP = batch["target_side"][..., None] == sides
+    return jnp.sum(values_BM[..., None] * is_side_BMP, axis=1, dtype=jnp.float32)
+
+
+def make_hyper(rpo_config: RpoConfig, learning_rate: float) -> Hyper:
+    """The traced numbers of a run."""
+    return jax.tree.map(
+        jnp.float32,
+        {
+            "alpha": rpo_config.alpha,
+            "beta": rpo_config.beta,
+            "label_smoothing": rpo_config.label_smoothing,
+            "learning_rate": learning_rate,
+        },
+    )

@@ -1,0 +1,93 @@
+"""Log-probabilities under the reference model: computed once a record, stored beside the records."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from rpo_jax.errors import UserError
+
+Reference = Float[np.ndarray, "records M"]
+
+
+def reference_path(records: Path, identity: dict[str, str]) -> Path:
+    """Where the reference of these records under this model is kept.
+
+    Args:
+        records: folder of the record set.
+        identity: all that the numbers depend on: digest of the weights, fingerprint of the records,
+            precision, row layout.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return records / f"reference-{digest}.npy"
+
+
+def load_reference(path: Path, count: int) -> Reference | None:
+    """A stored reference, or None.
+
+    Raises:
+        UserError: the file is damaged or belongs to another number of records.
+    """
+    if not path.exists():
+        return None
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it to have it computed again") from error
+    if len(stored) != count or stored.dtype != np.float32:
+        raise UserError(
+            f"{path}: holds {len(stored)} records of {stored.dtype}, {count} of float32 are wanted; "
+            "delete it to have it computed again"
+        )
+    return stored
+
+
+def compute_reference(
+    score: Callable[[dict[str, np.ndarray]], np.ndarray],
+    batches: Iterable[dict[str, np.ndarray]],
+    count: int,
+    path: Path,
+) -> Reference:
+    """Scores every record and stores the result at `path`, atomically.
+
+    Args:
+        score: the forward pass, a batch to float32 log-probabilities [B, M].
+        batches: all records once; `record_index` says which, -1 for padding rows.
+        count: number of records.
+        path: the file to write.
+
+    Returns:
+        A float32 log-probability for each target of each record, [count, M], 0 at padding.
+    """
+    result: np.ndarray | None = None
+    with tqdm(total=count, desc="reference", unit="pair", disable=None) as progress:
+        for batch in batches:
+            logps_BM = np.asarray(score(batch), np.float32)
+            real = batch["record_index"] >= 0
+            if not np.isfinite(logps_BM[real]).all():
+                bad = batch["record_index"][real][~np.isfinite(logps_BM[real]).all(axis=1)]
+                raise UserError(f"the reference gives no finite log-probability for records {bad}")
+            if result is None:
+                result = np.zeros((count, logps_BM.shape[1]), np.float32)
+            result[batch["record_index"][real]] = logps_BM[real]
+            progress.update(int(real.sum()))
+    assert result is not None, "a record set is never empty"
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, result)
+    temporary.replace(path)
+    logging.info("reference: %d pairs -> %s", count, path)
+    return result
+
+
+def join_reference(
+    batch: dict[str, np.ndarray], reference: Reference
+) -> dict[str, np.ndarray]:
+    """The batch with its `reference_logps` [B, M]; padding rows get zeros."""
+    index = batch["record_index"]
+    rows = np.where((index >= 0)[:, None], reference[np.maximum(index, 0)], np.float32(0))
+    return {**batch, "reference_logps": rows}

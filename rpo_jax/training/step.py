@@ -1,0 +1,136 @@
+"""The training step and its forward-only twin: pure functions, jitted by their makers."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from rpo_jax.config import Optim
+from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.sharding.rules import batch_sharding, replicated
+from rpo_jax.training.objective import (
+    Batch,
+    Counts,
+    Hyper,
+    Objective,
+    Sums,
+    divide,
+    target_logps,
+)
+from rpo_jax.training.optim import learning_rate_fraction
+from rpo_jax.training.state import TrainState
+
+Step = Callable[[TrainState, Hyper, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """[B, ...] to [parts, B / parts, ...]; part i takes every parts-th row.
+
+    Rows are dealt out in turn so that each device keeps the rows it has.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def compute_gradients(
+    objective: Objective, micro_batches: int, params: Params, hyper: Hyper, batch: Batch
+) -> tuple[Params, dict[str, Array]]:
+    """Gradients (float32) and means of the global batch, one micro-batch after the other."""
+    counts = objective.counts(batch)
+
+    def loss(params: Params, part: Batch) -> tuple[Array, Sums]:
+        sums = objective.sums(params, part, hyper)
+        return objective.loss(divide(sums, counts), hyper), sums
+
+    if micro_batches == 1:
+        grads, sums = jax.grad(loss, has_aux=True)(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), divide(sums, counts)
+
+    parts = split_rows(batch, micro_batches)
+    first = jax.tree.map(lambda x: x[0], parts)
+    sums_shape = jax.eval_shape(objective.sums, params, first, hyper)
+    zero_grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_shape)
+
+    def add(carry: tuple[Params, Sums], part: Batch) -> tuple[tuple[Params, Sums], None]:
+        new = jax.grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new), None
+
+    (grads, sums), _ = jax.lax.scan(add, (zero_grads, zero_sums), parts)
+    return grads, divide(sums, counts)
+
+
+def make_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    optim: Optim,
+    steps: int,
+    micro_batches: int,
+    abstract: TrainState,
+    mesh: Mesh,
+) -> Step:
+    """The jitted step `(state, hyper, batch) -> (state, metrics)`; the old state is donated.
+
+    Metrics are float32 scalars: the objective's means, `loss`, `grad_norm` before clipping,
+    `learning_rate`, and `finite`. Where loss or gradient is not finite, `finite` is 0 and the state
+    comes back unchanged: a bad batch costs nothing but its own step.
+    """
+
+    def step(state: TrainState, hyper: Hyper, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        grads, means = compute_gradients(objective, micro_batches, state.params, hyper, batch)
+        loss = objective.loss(means, hyper)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        rate = hyper["learning_rate"] * learning_rate_fraction(optim, steps, state.step)
+        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        new = TrainState(state.step + 1, params, optimizer)
+        new = jax.tree.map(partial(jnp.where, finite), new, state)
+        return new, means | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "finite": finite.astype(jnp.float32),
+        }
+
+    state_places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(state_places, everywhere, batch_sharding(mesh)),
+        out_shardings=(state_places, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_measure(
+    objective: Objective, abstract: Params, mesh: Mesh
+) -> Callable[[Params, Hyper, Batch], tuple[Sums, Counts]]:
+    """The jitted forward-only twin of the step: sums and counts, to be added over batches."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        lambda params, hyper, batch: (
+            objective.sums(params, batch, hyper),
+            objective.counts(batch),
+        ),
+        in_shardings=(places, everywhere, batch_sharding(mesh)),
+        out_shardings=everywhere,
+    )
+
+
+def make_score(
+    network: Network, chunk: int, abstract: Params, mesh: Mesh
+) -> Callable[[Params, Batch], Array]:
+    """The jitted reference pass `(params, batch) -> log-probabilities [B, M]` of the targets."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        lambda params, batch: target_logps(network, params, batch, chunk),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
