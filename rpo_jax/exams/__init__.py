@@ -1,0 +1,1 @@
+"""Exams: the IgakuQA file format, prompts, and an embedded fictional exam world."""

@@ -1,0 +1,369 @@
+"""A world: one closed fictional medicine with its texts, exam and preference pairs.
+
+Everything follows from (seed, size, version): the same bytes on every Python.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from rpo_jax.exams import prompts
+from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE, Domain
+from rpo_jax.exams.fictional.graph import (
+    SUBJECTS_STEP,
+    Fact,
+    Graph,
+    coin_stems,
+    make_graph,
+)
+from rpo_jax.exams.fictional.kinds import (
+    CHOICES,
+    KINDS,
+    LETTERS,
+    Ask,
+    Kind,
+    Reasoning,
+    explain,
+)
+from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
+from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
+
+VERSION = 1  # raise with any change of output; stored with every world
+TEST_SEEDS_FROM = 1000
+SPLIT_YEARS = {"train": 3001, "dev": 3002, "test": 3003}
+
+# Of the cells (kind, disease) of a half, the parts that go to train, dev and test.
+_SEEN_PARTS = {"train": 0.6, "dev": 0.1, "test": 0.3}
+_UNSEEN_PARTS = {"dev": 0.2, "test": 0.8}
+# Each with its sections: the diseases that training questions are about, and the others.
+_HALVES = ((_SEEN_PARTS, "ABC"), (_UNSEEN_PARTS, "DEF"))
+_ANSWER_ONLY_PAIRS = 0.25
+_FEW_SHOT_DOCUMENTS = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        diseases: A multiple of 12; each has its own drug.
+        animals: A multiple of 12; the subjects of the general text.
+        paraphrases: Times the textbook tells every fact (twice for the chain to the drug).
+        general_paraphrases: The same for the animals of the general text.
+        general_questions: Questions about animals in the general text, each in both formats.
+        everyday: Passages of filler prose.
+        variants: Training questions for each (kind of question, disease) in the train split.
+    """
+
+    diseases: int
+    animals: int
+    paraphrases: int
+    general_paraphrases: int
+    general_questions: int
+    everyday: int
+    variants: int
+
+    def __post_init__(self) -> None:
+        for name in ("diseases", "animals"):
+            value = getattr(self, name)
+            if value < SUBJECTS_STEP or value % SUBJECTS_STEP:
+                raise ValueError(
+                    f"world size: {name} is {value}, allowed: multiples of {SUBJECTS_STEP}"
+                )
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                value = getattr(self, field.name)
+                raise ValueError(f"world size: {field.name} is {value}, allowed: 1 or more")
+
+
+SIZES: Mapping[str, Size] = {
+    "tiny": Size(12, 12, 2, 1, general_questions=10, everyday=10, variants=1),
+    "quick": Size(36, 36, 12, 4, general_questions=240, everyday=300, variants=2),
+    "standard": Size(240, 120, 16, 8, general_questions=900, everyday=2000, variants=2),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An exam question with its origin.
+
+    Attributes:
+        question: Holds the ground-truth explanation.
+        ask: What was asked of whom.
+        recalls: The facts that its explanation uses; all are stated in the textbook.
+    """
+
+    question: Question
+    ask: Ask
+    recalls: tuple[Fact, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: two responses to one prompt."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class World:
+    """See `make_world`.
+
+    Attributes:
+        general: For the base model: filler, animals, and both answer formats about animals.
+        textbook: For continued pretraining: every medical fact in varied wordings.
+        textbook_heldout: Every medical fact once, in wordings that `textbook` never uses.
+        demonstrations: Three worked questions about animals, for few-shot prompts.
+        exam: Items by split. Sections A-C are about diseases that occur in training questions,
+            D-F about the others, so that a score by section shows what training gave away.
+        pairs: By split, ``train`` from the train questions and ``heldout`` from the dev ones.
+    """
+
+    seed: int
+    size: Size
+    medicine: Graph
+    animals: Graph
+    general: tuple[Document, ...]
+    textbook: tuple[Document, ...]
+    textbook_heldout: tuple[Document, ...]
+    demonstrations: tuple[Question, ...]
+    exam: Mapping[str, tuple[Item, ...]]
+    pairs: Mapping[str, tuple[Pair, ...]]
+
+
+def is_test_world(seed: int) -> bool:
+    """Whether a world is kept for reported results and must not be tuned on."""
+    return seed >= TEST_SEEDS_FROM
+
+
+def make_world(seed: int, size: Size) -> World:
+    """Makes the world with number `seed`.
+
+    Raises:
+        ValueError: The seed is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"world seed is {seed}, allowed: 0 and above")
+
+    def stream(name: str) -> random.Random:
+        # A stream a part, so that changing one part leaves the others as they are.
+        return random.Random(f"rpo_jax fictional {VERSION} {seed} {name}")
+
+    rng = stream("graphs")
+    stems = coin_stems(rng)
+    medicine = make_graph(rng, MEDICINE, size.diseases, stems)
+    animals = make_graph(rng, ANIMALS, size.animals, stems)
+    demonstrations, general_items = _make_general_items(stream("general questions"), animals)
+    general = _tell_general(stream("general"), size, animals, demonstrations, general_items)
+    rng = stream("textbook")
+    textbook = [
+        text
+        for _ in range(size.paraphrases)
+        for text in tell_facts(rng, medicine, MEDICINE, medicine.subjects, heldout=False)
+    ]
+    rng = stream("textbook heldout")
+    heldout = tell_facts(rng, medicine, MEDICINE, medicine.subjects, heldout=True)
+    exam = _make_exam(stream("exam"), medicine, size.variants)
+    rng = stream("pairs")
+    return World(
+        seed=seed,
+        size=size,
+        medicine=medicine,
+        animals=animals,
+        general=_number("general", general),
+        textbook=_number("textbook", textbook),
+        textbook_heldout=_number("heldout", list(heldout)),
+        demonstrations=demonstrations,
+        exam=exam,
+        pairs={
+            "train": tuple(_make_pairs(rng, medicine, "train", exam["train"])),
+            "heldout": tuple(_make_pairs(rng, medicine, "heldout", exam["dev"])),
+        },
+    )
+
+
+def _number(name: str, texts: Sequence[str]) -> tuple[Document, ...]:
+    return tuple(Document(f"{name}-{i:06d}", text) for i, text in enumerate(texts))
+
+
+def _make_exam(rng: random.Random, graph: Graph, variants: int) -> dict[str, tuple[Item, ...]]:
+    found: dict[str, list[Item]] = {split: [] for split in SPLIT_YEARS}
+    singles = dict.fromkeys(SPLIT_YEARS, 0)  # single-answer questions so far, by split
+    asked: set[tuple[str, frozenset[str]]] = set()
+    for half, (parts, rooms) in enumerate(_HALVES):
+        for kind in KINDS.values():
+            for split, keys in _split_cells(rng, graph, kind, half, parts):
+                for key in keys * (variants if split == "train" else 1):
+                    ask = kind.ask(rng, graph, MEDICINE, key)
+                    if not ask or (ask.text, frozenset(ask.choices)) in asked:
+                        continue
+                    asked.add((ask.text, frozenset(ask.choices)))
+                    answers = _explain_truly(graph, MEDICINE, ask).answers
+                    if ask.choices and len(answers) == 1:
+                        ask = _move_choice(ask, LETTERS.index(answers[0]), singles[split] % CHOICES)
+                        singles[split] += 1
+                    found[split].append(_make_item(graph, MEDICINE, ask, kind, rooms[kind.room]))
+    return {s: _number_items(rng, items, SPLIT_YEARS[s]) for s, items in found.items()}
+
+
+def _split_cells(
+    rng: random.Random, graph: Graph, kind: Kind, half: int, parts: Mapping[str, float]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields the subjects that a split may ask about in this kind of question."""
+    cells: dict[str, list[str]] = {}
+    for key in [s for group in graph.halves[half] for s in group][:: kind.every]:
+        cells.setdefault(_name_cell(graph, kind, key), []).append(key)
+    names = rng.sample(sorted(cells), len(cells))
+    for split, part in _divide(names, parts):
+        yield split, [key for name in part for key in cells[name]]
+
+
+def _name_cell(graph: Graph, kind: Kind, key: str) -> str:
+    if kind.about is None:
+        return key
+    owner = graph.facts["remedy", key][0] if kind.about == "ban" else key
+    return graph.facts[kind.about, owner][0]
+
+
+def _move_choice(ask: Ask, source: int, target: int) -> Ask:
+    """Exchanges two choices, so that right answers are dealt evenly over the letters."""
+    order = list(range(len(ask.choices)))
+    order[source], order[target] = order[target], order[source]
+    return replace(
+        ask,
+        choices=tuple(ask.choices[i] for i in order),
+        sources=tuple(ask.sources[i] for i in order),
+    )
+
+
+def _divide(keys: Sequence[str], parts: Mapping[str, float]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Cuts keys into consecutive parts; each split gets at least one while there are enough."""
+    start, total = 0, 0.0
+    for index, (split, part) in enumerate(parts.items()):
+        total += part
+        left_for_others = len(parts) - index - 1
+        end = min(max(start + 1, round(total * len(keys))), len(keys) - left_for_others)
+        yield split, list(keys[start:end])
+        start = max(start, end)
+
+
+def _make_item(graph: Graph, domain: Domain, ask: Ask, kind: Kind, section: str) -> Item:
+    truth = _explain_truly(graph, domain, ask)
+    banned: tuple[str, ...] = ()
+    if kind.name == "治療":
+        condition = ask.given[-1:]
+        banned = tuple(c for c in ask.choices if graph.facts["ban", c] == condition)
+    question = Question(
+        id="",  # numbered when all are known
+        text=ask.text,
+        choices=ask.choices,
+        answers=truth.answers,
+        points=kind.points,
+        section=section,
+        category=kind.name,
+        explanation=truth.text,
+    )
+    kinki = tuple(x for x, c in zip(question.letters, ask.choices, strict=True) if c in banned)
+    return Item(replace(question, kinki=kinki), ask, truth.recalls)
+
+
+def _explain_truly(graph: Graph, domain: Domain, ask: Ask) -> Reasoning:
+    truth = explain(graph, domain, ask)
+    assert truth is not None, ask  # the true facts always answer
+    return truth
+
+
+def _number_items(rng: random.Random, items: list[Item], year: int) -> tuple[Item, ...]:
+    counts: dict[str, int] = {}
+    numbered = []
+    ordered = sorted(rng.sample(items, len(items)), key=lambda item: item.question.section)
+    for item in ordered:
+        section = item.question.section
+        counts[section] = counts.get(section, 0) + 1
+        id_ = f"{year - FIRST_EXAM_YEAR}{section}{counts[section]}"
+        numbered.append(replace(item, question=replace(item.question, id=id_, year=year)))
+    return tuple(numbered)
+
+
+def _make_general_items(
+    rng: random.Random, graph: Graph
+) -> tuple[tuple[Question, ...], list[Question]]:
+    """Questions about animals: three demonstrations (one, two, one letters) and the others."""
+    questions = []
+    for kind in KINDS.values():
+        for key in graph.subjects[:: kind.every]:
+            if ask := kind.ask(rng, graph, ANIMALS, key):
+                questions.append(_make_item(graph, ANIMALS, ask, kind, "A").question)
+    rng.shuffle(questions)
+    questions = [replace(q, id=f"1A{i}") for i, q in enumerate(questions, start=1)]
+    demonstrations: list[Question] = []
+    for letters, category in ((1, "検査"), (2, "所見"), (1, "診断")):
+        demonstrations.append(
+            next(q for q in questions if (len(q.answers), q.category) == (letters, category))
+        )
+    # As in the published prompt.jsonl, demonstrations carry no metadata and no points.
+    shown = [replace(d, points=1, category="", kinki=()) for d in demonstrations]
+    return tuple(shown), [q for q in questions if q not in demonstrations]
+
+
+def _tell_general(
+    rng: random.Random,
+    size: Size,
+    graph: Graph,
+    demonstrations: Sequence[Question],
+    questions: Sequence[Question],
+) -> list[str]:
+    texts = [tell_everyday(rng) for _ in range(size.everyday)]
+    for _ in range(size.general_paraphrases):
+        texts += tell_facts(rng, graph, ANIMALS, graph.subjects, heldout=False)
+    few_shot = (prompts.OFFICIAL_V1, prompts.EXPLAIN_V1)
+    zero_shot = (prompts.ANSWER_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
+    for question in questions[: size.general_questions]:
+        formats = few_shot if rng.random() < _FEW_SHOT_DOCUMENTS else zero_shot
+        for format_ in formats:
+            shown = demonstrations[: format_.shots]
+            texts.append(
+                format_.render(question, shown)
+                + format_.target(question, question.answers, question.explanation)
+            )
+    rng.shuffle(texts)
+    return texts
+
+
+def _make_pairs(
+    rng: random.Random, graph: Graph, name: str, items: Sequence[Item]
+) -> Iterator[Pair]:
+    for item in items:
+        question = item.question
+        wrong = _misremember(rng, graph, item)
+        if wrong is None:
+            continue
+        formats = {"explain": prompts.EXPLAIN_ZERO_SHOT_V1}
+        if rng.random() < _ANSWER_ONLY_PAIRS:
+            formats["answer"] = prompts.ANSWER_ZERO_SHOT_V1
+        for label, format_ in formats.items():
+            yield Pair(
+                id=f"{name}-{question.id}-{label}",
+                prompt=format_.render(question),
+                chosen=format_.target(question, question.answers, question.explanation),
+                rejected=format_.target(question, wrong.answers, wrong.text),
+            )
+
+
+def _misremember(rng: random.Random, graph: Graph, item: Item) -> Reasoning | None:
+    """The reasoning of someone who exchanges one needed fact with that of another subject.
+
+    Look-alikes are tried first. The wrong answer has as many letters as were asked for.
+    """
+    for relation, subject in rng.sample(item.recalls, len(item.recalls)):
+        alike = [s for s in graph.alike[subject] if s != subject]
+        named = [s for r, s in item.recalls if r == relation and s not in (subject, *alike)]
+        for other in [*rng.sample(alike, len(alike)), *rng.sample(named, len(named))]:
+            wrong = explain(graph.misremember(relation, subject, other), MEDICINE, item.ask)
+            answers = item.question.answers
+            if wrong and wrong.answers != answers and len(wrong.answers) == len(answers):
+                return wrong
+    return None
