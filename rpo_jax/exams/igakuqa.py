@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.errors import UserError
+
 DEMONSTRATIONS_FILE = "prompt.jsonl"
 FIRST_EXAM_YEAR = 1906  # exam 112 was held in 2018, and so on
 
@@ -24,10 +26,6 @@ _METADATA_KEYS = ("category", "kinki", "reason", "human_accuracy", "breakdown")
 _FILE_NAME = re.compile(r"(\d+)-([A-Z])\.jsonl")
 _QUESTION_ID = re.compile(r"(\d+)([A-Z])(\d+)")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-
-
-class ExamFormatError(ValueError):
-    """A file breaks the format; the message names file, line, field and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +81,23 @@ def read_questions(directory: str | Path, years: Iterable[int] | None = None) ->
         years: The years to read; None reads all that are there.
 
     Raises:
-        FileNotFoundError: The directory, a year or its question files are missing.
-        ExamFormatError: A line breaks the format.
+        UserError: The directory, a year or its question files are missing, or a line breaks the
+            format; the message names file, line, field, what was seen and what is allowed.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise FileNotFoundError(f"exam directory {root} does not exist (one folder a year in it)")
+        raise UserError(f"exam directory {root} does not exist (one folder a year in it)")
     found = sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdecimal())
     wanted = found if years is None else sorted(set(years))
     missing = [year for year in wanted if year not in found]
     if missing or not wanted:
-        raise FileNotFoundError(f"exam directory {root}: no folder for {missing}; it has {found}")
+        raise UserError(f"exam directory {root}: no folder for {missing}; it has {found}")
     questions: list[Question] = []
     first_seen: dict[str, str] = {}
     for year in wanted:
         paths = sorted(p for p in (root / str(year)).iterdir() if _FILE_NAME.fullmatch(p.name))
         if not paths:
-            raise FileNotFoundError(f"{root / str(year)} holds no file named like 112-A.jsonl")
+            raise UserError(f"{root / str(year)} holds no file named like 112-A.jsonl")
         for path in paths:
             for where, question in _read_section(path, year):
                 if question.id in first_seen:
@@ -114,8 +112,7 @@ def read_demonstrations(directory: str | Path) -> list[Question]:
     """Reads the worked examples of ``prompt.jsonl`` in file order; they have no year and no points.
 
     Raises:
-        FileNotFoundError: There is no ``prompt.jsonl``.
-        ExamFormatError: A line breaks the format.
+        UserError: There is no ``prompt.jsonl``, or a line breaks the format.
     """
     return [
         _parse_question(where, record, year=None)
@@ -272,7 +269,7 @@ def _parse_kinki(where: str, details: dict[str, Any], letters: str) -> tuple[str
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -280,9 +277,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line.decode("utf-8"))
         except ValueError as error:  # both broken JSON and broken UTF-8
-            raise ExamFormatError(f"{where}: not a JSON line in UTF-8: {error}") from error
+            raise UserError(f"{where}: not a JSON line in UTF-8: {error}") from error
         if not isinstance(record, dict):
-            raise ExamFormatError(f"{where}: saw {type(record).__name__}, allowed: a JSON object")
+            raise UserError(f"{where}: saw {type(record).__name__}, allowed: a JSON object")
         yield where, record
 
 
@@ -310,8 +307,8 @@ def _strings(where: str, record: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _error(where: str, field: str, saw: object, allowed: str) -> ExamFormatError:
-    return ExamFormatError(f"{where}: field {field!r}: saw {saw!r}, allowed: {allowed}")
+def _error(where: str, field: str, saw: object, allowed: str) -> UserError:
+    return UserError(f"{where}: field {field!r}: saw {saw!r}, allowed: {allowed}")
 
 
 def _dump(record: dict[str, Any]) -> str:

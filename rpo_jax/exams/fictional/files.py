@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.errors import UserError
 from rpo_jax.exams.fictional.passages import Document
 from rpo_jax.exams.fictional.world import SPLIT_YEARS, VERSION, Pair, World, is_test_world
 from rpo_jax.exams.igakuqa import write_questions
@@ -27,7 +28,7 @@ def write_world(directory: str | Path, world: World) -> Path:
         The directory.
 
     Raises:
-        FileExistsError: Something else is in the directory.
+        UserError: Something else is in the directory.
     """
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -85,7 +86,7 @@ def _check_same(directory: Path, world: World) -> None:
     try:
         stored = json.loads((directory / WORLD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FileExistsError(
+        raise UserError(
             f"{directory} is not empty and not a fictional world ({error}); "
             "choose another directory or remove it"
         ) from error
@@ -93,7 +94,7 @@ def _check_same(directory: Path, world: World) -> None:
     different = [key for key in wanted if stored.get(key) != wanted[key]]
     if different:
         key = different[0]
-        raise FileExistsError(
+        raise UserError(
             f"{directory} holds a world with {key} {stored.get(key)}, asked for {wanted[key]}; "
             "choose another directory or remove it"
         )

@@ -47,28 +47,6 @@ class Reasoning:
     recalls: tuple[Fact, ...]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of question.
-
-    Attributes:
-        ask: Draws a question about a subject; None where the domain is too small for it.
-        room: Index of the exam section; 1 holds the cases.
-        points: What a right answer is worth.
-        every: Asked of every n-th subject only.
-        about: The relation whose object the text asks about, where that is not the subject:
-            subjects that share it get nearly the same question, so they stay in one split.
-    """
-
-    name: str
-    ask: Callable[[random.Random, Graph, Domain, str], Ask | None]
-    explain: Callable[["Recall", Ask], "Verdicts | Number | None"]
-    room: int
-    points: int = 1
-    every: int = 1
-    about: str | None = None
-
-
 class Recall:
     """Looks facts up in a graph and remembers which were used in the explanation."""
 
@@ -102,6 +80,28 @@ class Number:
 
     text: str
     value: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of question.
+
+    Attributes:
+        ask: Draws a question about a subject; None where the domain is too small for it.
+        room: Index of the exam section; 1 holds the cases.
+        points: What a right answer is worth.
+        every: Asked of every n-th subject only.
+        about: The relation whose object the text asks about, where that is not the subject:
+            subjects that share it get nearly the same question, so they stay in one split.
+    """
+
+    name: str
+    ask: Callable[[random.Random, Graph, Domain, str], Ask | None]
+    explain: Callable[[Recall, Ask], Verdicts | Number | None]
+    room: int
+    points: int = 1
+    every: int = 1
+    about: str | None = None
 
 
 def fill(template: str, subject: str, objects: Sequence[str]) -> str:

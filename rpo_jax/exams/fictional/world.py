@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+from rpo_jax.errors import UserError
 from rpo_jax.exams import prompts
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE, Domain
 from rpo_jax.exams.fictional.graph import (
@@ -67,13 +68,13 @@ class Size:
         for name in ("diseases", "animals"):
             value = getattr(self, name)
             if value < SUBJECTS_STEP or value % SUBJECTS_STEP:
-                raise ValueError(
+                raise UserError(
                     f"world size: {name} is {value}, allowed: multiples of {SUBJECTS_STEP}"
                 )
         for field in fields(self):
             if getattr(self, field.name) < 1:
                 value = getattr(self, field.name)
-                raise ValueError(f"world size: {field.name} is {value}, allowed: 1 or more")
+                raise UserError(f"world size: {field.name} is {value}, allowed: 1 or more")
 
 
 SIZES: Mapping[str, Size] = {
@@ -143,10 +144,10 @@ def make_world(seed: int, size: Size) -> World:
     """Makes the world with number `seed`.
 
     Raises:
-        ValueError: The seed is negative.
+        UserError: The seed is negative.
     """
     if seed < 0:
-        raise ValueError(f"world seed is {seed}, allowed: 0 and above")
+        raise UserError(f"world seed is {seed}, allowed: 0 and above")
 
     def stream(name: str) -> random.Random:
         # A stream a part, so that changing one part leaves the others as they are.
