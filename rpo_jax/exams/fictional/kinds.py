@@ -55,6 +55,7 @@ class Recall:
         self.used: list[Fact] = []
 
     def __call__(self, relation: str, subject: str) -> tuple[str, ...]:
+        """The objects of a fact, noted as used."""
         if (relation, subject) not in self.used:
             self.used.append((relation, subject))
         return self.graph.facts[relation, subject]
