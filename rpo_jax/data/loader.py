@@ -82,7 +82,7 @@ def iterate_once(
     local_rows = batch_rows // process_count
     count = min(limit or len(source), len(source))
     filler = {name: np.zeros_like(value) for name, value in _row(source, make_row, 0).items()}
-    filler["record_index"] = np.int32(-1)  # type: ignore[assignment]
+    filler["record_index"] = np.array(-1, np.int32)
     for start in range(process_index * local_rows, _round_up(count, batch_rows), batch_rows):
         places = range(start, start + local_rows)
         rows = [_row(source, make_row, i) if i < count else filler for i in places]
@@ -90,7 +90,7 @@ def iterate_once(
 
 
 def _row(source: Sequence[Mapping[str, Any]], make_row: MakeRow, index: int) -> Batch:
-    return {**make_row(source[index]), "record_index": np.int32(index)}  # type: ignore[dict-item]
+    return {**make_row(source[index]), "record_index": np.array(index, np.int32)}
 
 
 def _round_up(count: int, multiple: int) -> int:

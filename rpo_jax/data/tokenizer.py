@@ -60,7 +60,7 @@ class Tokenizer:
         return self._decode(ids)
 
     def save(self, directory: Path) -> None:
-        """Copies the file and the end of text into `directory`, for `load_tokenizer` to find."""
+        """Copies the file and the end of text into `directory`, for `read_tokenizer` to find."""
         directory.mkdir(parents=True, exist_ok=True)
         settings = json.dumps({"eos_token": self.eos_token}, ensure_ascii=False) + "\n"
         for name, content in (
@@ -72,7 +72,7 @@ class Tokenizer:
             scratch.replace(directory / name)
 
 
-def load_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:
+def read_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:
     """Reads a tokenizer.json, a SentencePiece model, or a folder that holds one of them.
 
     Args:

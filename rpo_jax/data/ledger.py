@@ -1,0 +1,78 @@
+"""The account of what became of the input: nothing is lost without a line here."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Drop:
+    """Inputs left out for one reason.
+
+    Attributes:
+        count: how many.
+        example: the first of them.
+        largest: the greatest measure among them, in the unit of the reason; 0 where it has none.
+    """
+
+    count: int
+    example: str
+    largest: int = 0
+
+
+@dataclass
+class Ledger:
+    """Counts of what was kept and what was not, and why.
+
+    Attributes:
+        unit: what is counted, in the plural.
+        kept: inputs that became records.
+        dropped: the others, by reason.
+        totals: sums over what was kept, such as tokens and characters.
+    """
+
+    unit: str
+    kept: int = 0
+    dropped: dict[str, Drop] = field(default_factory=dict)
+    totals: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, **amounts: int) -> None:
+        """Counts one input that becomes records, and what it adds to the totals."""
+        self.kept += 1
+        self.totals.update(amounts)
+
+    def drop(self, reason: str, example: str, size: int = 0) -> None:
+        """Counts one input that does not."""
+        entry = self.dropped.setdefault(reason, Drop(0, example))
+        entry.count += 1
+        entry.largest = max(entry.largest, size)
+
+    @property
+    def dropped_count(self) -> int:
+        """Inputs that did not become records."""
+        return sum(entry.count for entry in self.dropped.values())
+
+    @property
+    def dropped_share(self) -> float:
+        """Of all inputs, the part that did not become records."""
+        return self.dropped_count / max(self.kept + self.dropped_count, 1)
+
+    def __str__(self) -> str:
+        share = f"{self.dropped_count:,} dropped ({self.dropped_share:.2%})"
+        lines = [f"{self.kept:,} {self.unit} kept, {share}"]
+        for reason, entry in self.dropped.items():
+            largest = f", the largest {entry.largest:,}" if entry.largest else ""
+            lines.append(f"  {entry.count:,} {reason}{largest}; the first: {entry.example}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return dataclasses.asdict(self) | {"totals": dict(self.totals)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Ledger":
+        """The ledger that `to_dict` wrote."""
+        drops = {reason: Drop(**entry) for reason, entry in stored["dropped"].items()}
+        return cls(stored["unit"], stored["kept"], drops, Counter(stored["totals"]))
