@@ -5,7 +5,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +75,24 @@ def parse(
         rest = values(argv)
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except Exception as error:  # the config file is the user's program: whatever it raises is theirs
+    except (
+        Exception
+    ) as error:  # the config file is the user's program: whatever it raises is theirs
         raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.field=value")
     if holder.value is None:
         raise UserError("--config=configs/<name>.py is wanted; --help tells more")
     if not isinstance(holder.value, ConfigDict):
-        raise UserError("--config: get_config() must return the ConfigDict of rpo_jax.config.defaults()")
+        raise UserError(
+            "--config: get_config() must return the ConfigDict of rpo_jax.config.defaults()"
+        )
     return resolve(holder.value), {name: getattr(values, name) for name in switches}
 
 
-def load_config(path: str, **overrides: Any) -> Config:
-    """The config of a file, as `--config=path --config.field=value ...` would give it."""
-    argv = ["", f"--config={path}"]
-    argv += [f"--config.{name}={value}" for name, value in overrides.items()]
-    return parse(load_config, argv, {})[0]
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file; `overrides` are as on a command line: `--config.field=value`."""
+    return parse(load_config, ["", f"--config={path}", *overrides], {})[0]
 
 
 def _check_flags(args: list[str], switches: dict[str, str]) -> None:
@@ -112,7 +114,8 @@ def _check_flags(args: list[str], switches: dict[str, str]) -> None:
                 raise UserError(f"--config.{field}: there is no such field{hint}")
         elif name not in ("config", *switches) and name.removeprefix("no") not in switches:
             raise UserError(
-                f"{arg}: there is no such flag{config_module.suggestion(name, ['config', *switches])}"
+                f"{arg}: there is no such flag"
+                f"{config_module.suggestion(name, ['config', *switches])}"
             )
 
 

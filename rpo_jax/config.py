@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, strict conversion, one place for every default.
 
-A config file defines `get_config(arg="")`, which takes `defaults()`, changes what differs and returns
-it. The commands turn the result into a `Config` once, with `resolve`; after that nothing is a string
-that should have been a number, and nothing is misspelt.
+A config file defines `get_config(arg="")`, which takes `defaults()`, changes what differs and
+returns it. The commands turn the result into a `Config` once, with `resolve`; after that nothing is
+a string that should have been a number, and nothing is misspelt.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -18,16 +19,17 @@ from ml_collections import ConfigDict, config_dict
 from rpo_jax.errors import UserError
 
 _REQUIRED = object()
+Number = int | float
 
 
 def option(
     default: Any,
     doc: str,
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
+    above: Number | None = None,
+    at_least: Number | None = None,
+    below: Number | None = None,
+    at_most: Number | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A config field: its default, what it means, and which values are allowed."""
@@ -200,9 +202,7 @@ class Train:
     micro_batches: int = option(
         1, "parts the global batch is cut into, one after the other", at_least=1
     )
-    loss_chunk: int = option(
-        256, "positions of each row whose logits exist at a time", at_least=1
-    )
+    loss_chunk: int = option(256, "positions of each row whose logits exist at a time", at_least=1)
     log_every_steps: int = option(10, "metrics", at_least=1)
     eval_every_steps: int = option(
         0, "held-out measures during the run; 0: before and after only", at_least=0
@@ -235,7 +235,9 @@ class Config:
     workdir: str = option("runs", "where runs and prepared data go")
     seed: int = option(0, "of initialisation and order", at_least=0)
     init_from: str = option(
-        "", "run or converted checkpoint whose weights this run starts from; empty: random"
+        "",
+        "where the first weights come from: a run of this `workdir` by its name, or the path "
+        "(with a /) of a run's or a converted model's folder; empty: random",
     )
     model: Model = dataclasses.field(default_factory=Model)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
@@ -246,6 +248,18 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)  # type: ignore[arg-type]
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything."""
+        return Path(self.workdir) / self.name
+
+    @property
+    def origin(self) -> Path | None:
+        """The model folder that the first weights come from; None: random weights."""
+        if not self.init_from:
+            return None
+        return Path(self.init_from if "/" in self.init_from else f"{self.workdir}/{self.init_from}")
 
 
 def defaults() -> ConfigDict:
@@ -269,8 +283,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     """Turns what a config file returned into a `Config`.
 
     Raises:
-        UserError: one line for each unknown, missing, mistyped or out-of-range field, with its dotted
-            name, the value and what is allowed; then for each contradiction between fields.
+        UserError: one line for each unknown, missing, mistyped or out-of-range field, with its
+            dotted name, the value and what is allowed; then for each contradiction between fields.
     """
     problems: list[str] = []
     config = _build(Config, values, "", problems)
@@ -316,7 +330,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """", did you mean `x`?" for the closest known name, or the list of all of them."""
+    """A hint that ends an error: the closest known name, or the list of all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 

@@ -5,13 +5,13 @@ Notation, for a prompt x with a chosen answer w and a rejected answer l:
     ratio_w = log p(w|x) - log p_ref(w|x)        summed over the tokens of the response, in nats
     margin  = ratio_w - ratio_l
 
-Ratios come in as sums of per-token differences. A difference of two sums would lose what matters: near
--6000 nats neighbouring float32 numbers lie 5e-4 apart.
+Ratios come in as sums of per-token differences. A difference of two sums would lose what matters:
+near -6000 nats neighbouring float32 numbers lie 5e-4 apart.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Scalar = Float[Array, ""] | float
 
@@ -39,7 +39,7 @@ def dpo(
     )
 
 
-def sequence_nll(logp_N: Float[Array, "N"], length_N: Float[Array, "N"]) -> Float[Array, "N"]:
+def sequence_nll(logp_N: Float[Array, "N"], length_N: Num[Array, "N"]) -> Float[Array, "N"]:
     """Negative log-likelihood a token, in nats/token: each sequence over its own length.
 
     A length of 0 (an empty slot of a batch) gives 0.

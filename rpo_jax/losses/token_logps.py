@@ -1,7 +1,7 @@
 """The one primitive: log-probabilities of given tokens under a large vocabulary.
 
-Continued pretraining, DPO, NLL, the reference pass, the metrics and likelihood scoring all call this
-one function, so that they cannot disagree.
+Continued pretraining, DPO, NLL, the reference pass, the metrics and likelihood scoring all call
+this one function, so that they cannot disagree.
 """
 
 from functools import partial
@@ -20,10 +20,10 @@ def token_logps(
     labels_BM: Int[Array, "B M"],
     chunk: int,
 ) -> Float[Array, "B M"]:
-    """log softmax(hidden @ head.T)[label], without ever holding all logits.
+    """Log softmax(hidden @ head.T)[label], without ever holding all logits.
 
-    Logits exist for `chunk` positions of each row at a time, in float32; the forward pass keeps only
-    their logsumexp, and the backward pass computes them again. The label's logit is picked by
+    Logits exist for `chunk` positions of each row at a time, in float32; the forward pass keeps
+    only their logsumexp, and the backward pass computes them again. The label's logit is picked by
     comparison with an iota rather than by a gather, so that a head cut over its vocabulary is never
     gathered.
 

@@ -1,15 +1,14 @@
 """Qwen2.5: pre-norm RMSNorm, grouped-query attention with q/k/v biases, RoPE, SwiGLU.
 
-The modules are Flax Linen; what leaves this file is plain: `init_params` gives a nested dict of arrays,
-`param_axes` the same dict with the logical axes of each, and `forward` is a pure function of it. All
-layers lie stacked along a leading axis, so that the same code lowers 2 layers or 80.
+The modules are Flax Linen; what leaves this file is plain: `init_params` gives a nested dict of
+arrays, `param_axes` the same dict with the logical axes of each, and `forward` is a pure function
+of it. All layers lie stacked along a leading axis, so that the same code lowers 2 layers or 80.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -47,6 +46,12 @@ def make_network(shape: ModelShape, config: ModelConfig) -> Network:
     )
 
 
+def _weight(module: Any, name: str, init: Any, axes: dict[str, int]) -> Array:
+    """A parameter of a module, with its logical axes and their sizes."""
+    boxed = nn.with_logical_partitioning(init, tuple(axes))
+    return cast(Array, module.param(name, boxed, tuple(axes.values()), module.param_dtype))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis; statistics in float32."""
 
@@ -55,8 +60,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", init, x_BTD.shape[-1:], self.param_dtype)
+        scale_D = _weight(self, "scale", nn.initializers.ones, {"norm": x_BTD.shape[-1]})
         wide = x_BTD.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         return scale_D.astype(x_BTD.dtype) * wide.astype(x_BTD.dtype)
@@ -77,16 +81,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        n = len(self.inputs)
-        axes = (*self.inputs, *self.outputs)
-        shape = (*self.inputs.values(), *self.outputs.values())
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), axes)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=n)
+        init = nn.initializers.normal(self.stddev)
+        kernel = _weight(self, "kernel", init, {**self.inputs, **self.outputs})
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs))
         if self.bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
-            bias = self.param("bias", init, tuple(self.outputs.values()), self.param_dtype)
-            y = y + bias.astype(x.dtype)
+            y = y + _weight(self, "bias", nn.initializers.zeros, self.outputs).astype(x.dtype)
         return y
 
 
@@ -164,12 +163,17 @@ class Table(nn.Module):
     network: Network
     axes: tuple[str, str]
 
+    @property
+    def param_dtype(self) -> str:
+        """Of the table."""
+        return self.network.param_dtype
+
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
         shape = self.network.shape
-        init = nn.with_logical_partitioning(nn.initializers.normal(shape.initializer_range), self.axes)
-        size = (shape.vocab_size, shape.hidden_size)
-        return self.param("table", init, size, self.network.param_dtype)
+        vocab, embed = self.axes
+        size = {vocab: shape.vocab_size, embed: shape.hidden_size}
+        return _weight(self, "table", nn.initializers.normal(shape.initializer_range), size)
 
 
 def _init_boxed(network: Network, key: Array) -> tuple[Any, Any]:
@@ -192,15 +196,15 @@ def _init_boxed(network: Network, key: Array) -> tuple[Any, Any]:
     }
     if not tied:
         rest["head"] = Table(network, ("vocab", "embed")).init(keys[1])["params"]
-    return partial(init_layer), {"key": keys[2], **rest}
+    return init_layer, {"key": keys[2], **rest}
 
 
 def init_params(network: Network, key: Array) -> Params:
-    """Random weights, as HF initialises them: normal of `initializer_range`, zero biases, unit norms.
+    """Random weights as HF draws them: normal of `initializer_range`, zero biases, unit norms.
 
     Returns:
-        {"embed": {"table" [V, D]}, "layers": {...} each with a leading axis L, "norm": {"scale" [D]},
-        "head": {"table" [V, D]} unless tied}.
+        {"embed": {"table" [V, D]}, "layers": {...} each with a leading axis L,
+        "norm": {"scale" [D]}, "head": {"table" [V, D]} unless tied}.
     """
     init_layer, rest = _init_boxed(network, key)
     layer_keys = jax.random.split(rest.pop("key"), network.shape.num_hidden_layers)
@@ -214,7 +218,7 @@ def abstract_params(network: Network) -> Params:
 
 
 def param_axes(network: Network) -> Params:
-    """The logical axes of every weight: the tree of `init_params` with tuples of names as leaves."""
+    """The logical axes of every weight: the tree of `init_params`, its leaves tuples of names."""
 
     def boxes(key: Array) -> tuple[Any, Any]:
         init_layer, rest = _init_boxed(network, key)
@@ -242,13 +246,13 @@ def forward(
     branch_ids_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the last norm, in the compute dtype; see `attention.visible` for the ids."""
+    """Hidden states after the last norm, in the compute dtype; the ids are `visible`'s."""
     x_BTD = params["embed"]["table"].astype(network.compute_dtype)[tokens_BT]
     see_BTT = visible(segment_ids_BT, branch_ids_BT)
 
     def layer(x_BTD: Array, weights: Params) -> tuple[Array, None]:
         block = Block(network)
-        return block.apply({"params": weights}, x_BTD, positions_BT, see_BTT), None
+        return cast(Array, block.apply({"params": weights}, x_BTD, positions_BT, see_BTT)), None
 
     if network.remat != "none":
         layer = jax.checkpoint(
@@ -260,9 +264,9 @@ def forward(
         for index in range(network.shape.num_hidden_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]))
     norm = RMSNorm(network.shape.rms_norm_eps, network.param_dtype)
-    return norm.apply({"params": params["norm"]}, x_BTD)
+    return cast(Array, norm.apply({"params": params["norm"]}, x_BTD))
 
 
 def head_table(params: Params) -> Float[Array, "V D"]:
     """The output head, one row a vocabulary entry; of a tied model the embedding itself."""
-    return params.get("head", params["embed"])["table"]
+    return cast(Array, params["head" if "head" in params else "embed"]["table"])

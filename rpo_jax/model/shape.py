@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -60,24 +61,30 @@ def parse_shape(values: dict[str, Any], where: str) -> ModelShape:
         if key in values and values[key] not in allowed
     ]
     fields: dict[str, Any] = {}
+    kinds = typing.get_type_hints(ModelShape)
     for field in dataclasses.fields(ModelShape):
+        kind = kinds[field.name]
         value = values.get(field.name, field.default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is dataclasses.MISSING:
             problems.append(f"{field.name} is missing")
-        elif field.type is bool and not isinstance(value, bool):
+        elif kind is bool and not isinstance(value, bool):
             problems.append(f"{field.name}={value!r}, true or false is wanted")
-        elif field.type in (int, float) and not (number and value > 0 and value == field.type(value)):
-            problems.append(f"{field.name}={value!r}, a positive {field.type.__name__} is wanted")
+        elif kind in (int, float) and not (number and value > 0 and value == kind(value)):
+            problems.append(f"{field.name}={value!r}, a positive {kind.__name__} is wanted")
         else:
-            fields[field.name] = field.type(value)
+            fields[field.name] = kind(value)
     if not problems:
         shape = ModelShape(**fields)
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         if shape.hidden_size % heads or shape.head_dim % 2:
-            problems.append(f"hidden_size={shape.hidden_size} over {heads} heads is not an even width")
+            problems.append(
+                f"hidden_size={shape.hidden_size} over {heads} heads is not an even width"
+            )
         if values.get("head_dim") not in (None, shape.head_dim):
-            problems.append(f"head_dim={values['head_dim']}, hidden_size / heads is {shape.head_dim}")
+            problems.append(
+                f"head_dim={values['head_dim']}, hidden_size / heads is {shape.head_dim}"
+            )
         if heads % kv_heads:
             problems.append(f"{heads} query heads do not share {kv_heads} kv heads evenly")
     if problems:
@@ -106,11 +113,14 @@ def load_shape(name_or_path: str) -> ModelShape:
     """
     shipped = sorted(f.name.removesuffix(".json") for f in _SHIPPED.iterdir())
     if name_or_path in shipped:
-        return parse_shape(json.loads((_SHIPPED / f"{name_or_path}.json").read_text()), name_or_path)
+        return parse_shape(
+            json.loads((_SHIPPED / f"{name_or_path}.json").read_text()), name_or_path
+        )
     path = Path(name_or_path)
     if not path.is_file():
         raise UserError(
-            f"model.shape={name_or_path!r} is neither a file nor a shipped shape ({', '.join(shipped)})"
+            f"model.shape={name_or_path!r} is neither a file nor a shipped shape "
+            f"({', '.join(shipped)})"
         )
     try:
         values = json.loads(path.read_text())

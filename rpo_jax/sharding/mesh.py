@@ -22,7 +22,9 @@ def mesh_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     free = [axis for axis, size in sizes.items() if size == -1]
     if device_count % named or (not free and named != device_count):
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"mesh ({asked}) wants {named} devices or a multiple, {device_count} are there")
+        raise UserError(
+            f"mesh ({asked}) wants {named} devices or a multiple, {device_count} are there"
+        )
     return {axis: device_count // named if axis in free else size for axis, size in sizes.items()}
 
 

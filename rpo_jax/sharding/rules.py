@@ -1,4 +1,4 @@
-"""One table from logical axes to mesh axes, for weights, optimizer state, activations and batches."""
+"""One table from logical axes to mesh axes, for weights, activations and batches."""
 
 from typing import Any
 
@@ -70,8 +70,8 @@ def make_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
                 count *= mesh.shape[axis]
             if size % count:
                 problems.append(
-                    f"mesh: {jax.tree_util.keystr(path, simple=True, separator='/')} has {size} along "
-                    f"{name!r}, which {'*'.join(cuts)}={count} does not divide"
+                    f"mesh: {jax.tree_util.keystr(path, simple=True, separator='/')} has {size} "
+                    f"along {name!r}, which {'*'.join(cuts)}={count} does not divide"
                 )
         return NamedSharding(mesh, partition_spec(names))
 

@@ -26,7 +26,7 @@ _FOLDER = "checkpoints"
 
 
 def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Checkpointer:
-    """The checkpoints of a run; keeps the newest `config.keep`. To be closed, which waits for saves."""
+    """The checkpoints of a run, the newest `config.keep` of them; closing waits for saves."""
     return ocp.training.Checkpointer(
         (folder / _FOLDER).absolute(),
         preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
@@ -35,7 +35,7 @@ def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Che
 
 
 def save_state(checkpoints: ocp.training.Checkpointer, state: TrainState) -> None:
-    """Writes a state in the background, after the save before it has ended; an existing step stays."""
+    """Writes a state in the background, once the save before has ended; an existing step stays."""
     checkpoints.wait()
     step = int(state.step)
     if any(found.step == step for found in checkpoints.checkpoints):
@@ -62,9 +62,7 @@ def restore_state(
         "optimizer": {"step": abstract.step, "state": abstract.optimizer},
     }
     loaded = _load(checkpoints, step, wanted)
-    return TrainState(
-        loaded["optimizer"]["step"], loaded["params"], loaded["optimizer"]["state"]
-    )
+    return TrainState(loaded["optimizer"]["step"], loaded["params"], loaded["optimizer"]["state"])
 
 
 def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:

@@ -74,7 +74,7 @@ def measure_memory() -> dict[str, float]:
 
 
 class MetricLog:
-    """Writes scalars to metrics.jsonl, TensorBoard and W&B; on process 0 only, a no-op elsewhere.
+    """Writes scalars to metrics.jsonl, TensorBoard and W&B, on process 0 only.
 
     Opening it for a run that goes on from `step` cuts what was logged after that step, so that the
     curves of a resumed run are those of one that never stopped.
@@ -82,26 +82,32 @@ class MetricLog:
 
     def __init__(self, folder: Path, config: Log, step: int, run: dict[str, Any]):
         """Opens the logs of the run in `folder` at `step`; `run` is its config, for W&B."""
-        self._active = jax.process_index() == 0
-        self._tensorboard = None
-        self._wandb = None
-        if not self._active:
+        path = folder / "metrics.jsonl"
+        kept = _lines_until(path, step)
+        self._logged = {(record["step"], name) for record in kept for name in record}
+        self._file = self._tensorboard = self._wandb = None
+        if jax.process_index() != 0:
             return
-        self._path = folder / "metrics.jsonl"
-        _cut_back(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             logdir = str(folder / "tensorboard")
             self._tensorboard = SummaryWriter(logdir, purge_step=step + 1, flush_secs=30)
         if config.wandb_project:
             self._wandb = _start_wandb(config.wandb_project, folder, run)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a scalar of that name is logged under a step; the same on every process."""
+        return (step, name) in self._logged
+
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Logs scalars under a step."""
-        if not self._active:
-            return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        self._logged.update((step, name) for name in scalars)
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -119,7 +125,7 @@ class MetricLog:
         traceback: TracebackType | None,
     ) -> None:
         """Closes the files."""
-        if self._active:
+        if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -131,23 +137,24 @@ def _start_wandb(project: str, folder: Path, run: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("log.wandb_project is set, but wandb is not installed: pip install wandb") from error
-    return wandb.init(project=project, name=folder.name, id=folder.name, dir=folder, config=run, resume="allow")
+        raise UserError(
+            "log.wandb_project is set, but wandb is not installed: pip install wandb"
+        ) from error
+    return wandb.init(
+        project=project, name=folder.name, id=folder.name, dir=folder, config=run, resume="allow"
+    )
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file after `step`, and a last line that a kill left unfinished."""
+def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a metrics file up to `step`, without what a kill left unfinished."""
     if not path.exists():
-        return
+        return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                continue
-        except (ValueError, KeyError):
+            record = json.loads(line)
+            if record["step"] <= step:
+                kept.append(record)
+        except (ValueError, KeyError, TypeError):
             logging.warning("%s: dropped a line that is not a record: %.80s", path, line)
-            continue
-        kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    return kept

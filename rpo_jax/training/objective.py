@@ -1,18 +1,21 @@
 """What a stage minimises, written so that any cut of the global batch gives the same number.
 
-An `Objective` turns rows into *sums* (grouped by what they are to be divided by), counts the divisors
-apart, and makes the loss from the *means*. The loss is linear in the sums: a micro-batch divided by the
-counts of the global batch contributes exactly its share, whatever its own mix of short and long rows.
+An `Objective` turns rows into *sums* (grouped by what they are to be divided by), counts the
+divisors apart, and makes the loss from the *means*. The loss is linear in the sums: a micro-batch
+divided by the counts of the global batch contributes exactly its share, whatever its own mix of
+short and long rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.config import Rpo as RpoConfig
+from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.losses.preference import dpo, rpo, sequence_nll
 from rpo_jax.losses.token_logps import token_logps
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
@@ -22,8 +25,6 @@ Hyper = dict[str, Array]  # loss weights and learning rate: traced, so that no v
 Sums = dict[str, dict[str, Array]]  # divisor -> name -> sum
 Counts = dict[str, Array]  # divisor -> how many
 
-CHOSEN, REJECTED, PROMPT = 0, 1, 2  # values of target_side
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -31,7 +32,7 @@ class Objective:
 
     sums: Callable[[Params, Batch, Hyper], Sums]
     counts: Callable[[Batch], Counts]
-    loss: Callable[[dict[str, Array], Hyper], Array]
+    loss: Callable[[Mapping[str, Any], Hyper], Any]
 
 
 def divide(sums: Sums, counts: Counts) -> dict[str, Array]:
@@ -43,9 +44,7 @@ def divide(sums: Sums, counts: Counts) -> dict[str, Array]:
     }
 
 
-def target_logps(
-    network: Network, params: Params, batch: Batch, chunk: int
-) -> Float[Array, "B M"]:
+def target_logps(network: Network, params: Params, batch: Batch, chunk: int) -> Float[Array, "B M"]:
     """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0.
 
     Rows are as `data.rows` makes them. Where `target_index` is present only those positions are
@@ -123,7 +122,7 @@ def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objec
             "nll_tokens": {name: jnp.sum(value_B) for name, value_B in per_token.items()},
         }
 
-    def loss(means: dict[str, Array], hyper: Hyper) -> Array:
+    def loss(means: Mapping[str, Any], hyper: Hyper) -> Any:
         return rpo(means["dpo"], means["nll"], hyper["alpha"])
 
     return Objective(sums, counts, loss)

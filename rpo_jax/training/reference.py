@@ -1,11 +1,13 @@
-"""Log-probabilities under the reference model: computed once a record, stored beside the records."""
+"""Log-probabilities under the reference model: computed once, stored beside the records."""
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
@@ -15,34 +17,52 @@ from rpo_jax.errors import UserError
 Reference = Float[np.ndarray, "records M"]
 
 
-def reference_path(records: Path, identity: dict[str, str]) -> Path:
-    """Where the reference of these records under this model is kept.
+def find_reference(
+    records: Path,
+    count: int,
+    identity: dict[str, Any],
+    compute: Callable[[], Reference],
+) -> Reference:
+    """The stored reference of a record set, or a newly computed one, stored for the next run.
 
     Args:
-        records: folder of the record set.
-        identity: all that the numbers depend on: digest of the weights, fingerprint of the records,
-            precision, row layout.
-    """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return records / f"reference-{digest}.npy"
-
-
-def load_reference(path: Path, count: int) -> Reference | None:
-    """A stored reference, or None.
+        records: folder of the record set; the reference lies in it.
+        count: number of records.
+        identity: all that the numbers depend on: weights, records, layout, precision. Its digest is
+            part of the file's name.
+        compute: makes the log-probabilities, [count, M].
 
     Raises:
-        UserError: the file is damaged or belongs to another number of records.
+        UserError: the stored file is damaged, or a log-probability is not finite.
     """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = records / f"reference-{digest}.npy"
+    stored = _load(path, count)
+    if stored is not None:
+        logging.info("reference: found %s", path)
+        return stored
+    result = compute()
+    if jax.process_index() == 0:
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, result)
+        temporary.replace(path)
+    logging.info("reference: %d pairs -> %s", count, path)
+    return result
+
+
+def _load(path: Path, count: int) -> Reference | None:
     if not path.exists():
         return None
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to have it computed again") from error
+        raise UserError(
+            f"{path}: damaged ({error}); delete it to have it computed again"
+        ) from error
     if len(stored) != count or stored.dtype != np.float32:
         raise UserError(
-            f"{path}: holds {len(stored)} records of {stored.dtype}, {count} of float32 are wanted; "
-            "delete it to have it computed again"
+            f"{path}: holds {len(stored)} records of {stored.dtype}, {count} of float32 are "
+            "wanted; delete it to have it computed again"
         )
     return stored
 
@@ -51,18 +71,19 @@ def compute_reference(
     score: Callable[[dict[str, np.ndarray]], np.ndarray],
     batches: Iterable[dict[str, np.ndarray]],
     count: int,
-    path: Path,
 ) -> Reference:
-    """Scores every record and stores the result at `path`, atomically.
+    """Scores every record.
 
     Args:
         score: the forward pass, a batch to float32 log-probabilities [B, M].
         batches: all records once; `record_index` says which, -1 for padding rows.
         count: number of records.
-        path: the file to write.
 
     Returns:
         A float32 log-probability for each target of each record, [count, M], 0 at padding.
+
+    Raises:
+        UserError: a log-probability is not finite; names the records.
     """
     result: np.ndarray | None = None
     with tqdm(total=count, desc="reference", unit="pair", disable=None) as progress:
@@ -77,16 +98,10 @@ def compute_reference(
             result[batch["record_index"][real]] = logps_BM[real]
             progress.update(int(real.sum()))
     assert result is not None, "a record set is never empty"
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, result)
-    temporary.replace(path)
-    logging.info("reference: %d pairs -> %s", count, path)
     return result
 
 
-def join_reference(
-    batch: dict[str, np.ndarray], reference: Reference
-) -> dict[str, np.ndarray]:
+def join_reference(batch: dict[str, np.ndarray], reference: Reference) -> dict[str, np.ndarray]:
     """The batch with its `reference_logps` [B, M]; padding rows get zeros."""
     index = batch["record_index"]
     rows = np.where((index >= 0)[:, None], reference[np.maximum(index, 0)], np.float32(0))

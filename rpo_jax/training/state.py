@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from rpo_jax.model.qwen2 import Network, Params, abstract_params, init_params, param_axes
 from rpo_jax.sharding.rules import make_shardings
@@ -25,7 +25,7 @@ from rpo_jax.sharding.rules import make_shardings
 class TrainState:
     """Everything a step changes: the number of steps done, the trained weights, optax's state."""
 
-    step: Int[Array, ""]
+    step: Any  # int32 scalar; abstract in the abstract twin
     params: Params
     optimizer: optax.OptState
 
@@ -73,7 +73,9 @@ def make_state(
     return jax.jit(make, out_shardings=places)()
 
 
-def start_from(params: Params, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+def start_from(
+    params: Params, tx: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
     """A state at step 0 with given weights, which already lie where `abstract` says."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
     optimizer = jax.jit(tx.init, out_shardings=places)(params)
@@ -99,7 +101,7 @@ def _digest(params: Params) -> list[Array]:
 
 
 def fingerprint_params(params: Params) -> str:
-    """A digest of all weights that does not depend on the mesh; guards against mix-ups, not malice."""
+    """A digest of all weights, the same on any mesh; guards against mix-ups, not malice."""
     named = jax.tree_util.tree_leaves_with_path(params)
     digests = jax.device_get(_digest(params))
     lines = [

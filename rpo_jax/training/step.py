@@ -1,20 +1,16 @@
 """The training step and its forward-only twin: pure functions, jitted by their makers."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array
 
-from rpo_jax.config import Optim
-from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.objective import (
     Batch,
-    Counts,
     Hyper,
     Objective,
     Sums,
@@ -23,8 +19,7 @@ from rpo_jax.training.objective import (
 )
 from rpo_jax.training.optim import learning_rate_fraction
 from rpo_jax.training.state import TrainState
-
-Step = Callable[[TrainState, Hyper, Batch], tuple[TrainState, dict[str, Array]]]
+from rpo_jax.training.workload import Workload
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
@@ -66,27 +61,25 @@ def compute_gradients(
 
 
 def make_step(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    optim: Optim,
-    steps: int,
-    micro_batches: int,
-    abstract: TrainState,
-    mesh: Mesh,
-) -> Step:
+    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
+) -> jax.stages.Wrapped:
     """The jitted step `(state, hyper, batch) -> (state, metrics)`; the old state is donated.
 
     Metrics are float32 scalars: the objective's means, `loss`, `grad_norm` before clipping,
     `learning_rate`, and `finite`. Where loss or gradient is not finite, `finite` is 0 and the state
     comes back unchanged: a bad batch costs nothing but its own step.
     """
+    objective, config = work.objective, work.config
 
     def step(state: TrainState, hyper: Hyper, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        grads, means = compute_gradients(objective, micro_batches, state.params, hyper, batch)
+        grads, means = compute_gradients(
+            objective, config.train.micro_batches, state.params, hyper, batch
+        )
         loss = objective.loss(means, hyper)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        rate = hyper["learning_rate"] * learning_rate_fraction(optim, steps, state.step)
+        fraction = learning_rate_fraction(config.optim, config.train.steps, state.step)
+        rate = hyper["learning_rate"] * fraction
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
         new = TrainState(state.step + 1, params, optimizer)
@@ -99,38 +92,36 @@ def make_step(
         }
 
     state_places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    everywhere = replicated(mesh)
+    everywhere = replicated(work.mesh)
     return jax.jit(
         step,
-        in_shardings=(state_places, everywhere, batch_sharding(mesh)),
+        in_shardings=(state_places, everywhere, batch_sharding(work.mesh)),
         out_shardings=(state_places, everywhere),
         donate_argnums=0,
     )
 
 
-def make_measure(
-    objective: Objective, abstract: Params, mesh: Mesh
-) -> Callable[[Params, Hyper, Batch], tuple[Sums, Counts]]:
+def make_measure(work: Workload, abstract: Params) -> jax.stages.Wrapped:
     """The jitted forward-only twin of the step: sums and counts, to be added over batches."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    everywhere = replicated(mesh)
+    everywhere = replicated(work.mesh)
     return jax.jit(
         lambda params, hyper, batch: (
-            objective.sums(params, batch, hyper),
-            objective.counts(batch),
+            work.objective.sums(params, batch, hyper),
+            work.objective.counts(batch),
         ),
-        in_shardings=(places, everywhere, batch_sharding(mesh)),
+        in_shardings=(places, everywhere, batch_sharding(work.mesh)),
         out_shardings=everywhere,
     )
 
 
-def make_score(
-    network: Network, chunk: int, abstract: Params, mesh: Mesh
-) -> Callable[[Params, Batch], Array]:
+def make_score(work: Workload, abstract: Params) -> jax.stages.Wrapped:
     """The jitted reference pass `(params, batch) -> log-probabilities [B, M]` of the targets."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
-        lambda params, batch: target_logps(network, params, batch, chunk),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        lambda params, batch: target_logps(
+            work.network, params, batch, work.config.train.loss_chunk
+        ),
+        in_shardings=(places, batch_sharding(work.mesh)),
+        out_shardings=replicated(work.mesh),
     )

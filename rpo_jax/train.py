@@ -1,0 +1,133 @@
+"""Trains one run: `python -m rpo_jax.train --config configs/<name>.py`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from rpo_jax import cli
+from rpo_jax.config import Config, to_dict
+from rpo_jax.data.records import open_records
+from rpo_jax.model.qwen2 import make_network
+from rpo_jax.prepare import Prepared, load_tokenizer, prepare
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.checkpoint import load_params, open_checkpoints, restore_state
+from rpo_jax.training.dry_run import describe_run
+from rpo_jax.training.evaluation import find_references, make_evaluate
+from rpo_jax.training.loop import heldout_names, run_steps
+from rpo_jax.training.metrics import MetricLog
+from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.run import (
+    check_vocabulary,
+    find_shape,
+    log_to_file,
+    open_run,
+    read_metrics,
+    write_json,
+)
+from rpo_jax.training.state import TrainState, abstract_state, make_state, start_from
+from rpo_jax.training.step import make_step
+from rpo_jax.training.workload import Workload, make_workload, train_batches
+
+
+def main(config: Config, dry_run: bool = False) -> None:
+    """Trains one run, CPT or RPO as the config says; run again, it goes on where it stopped."""
+    work = build(config)
+    print(describe_run(work) if dry_run else format_summary(train(work)))
+
+
+def build(config: Config) -> Workload:
+    """The workload of a config, on all devices of all processes."""
+    network = make_network(find_shape(config), config.model)
+    return make_workload(config, network, make_mesh(config.mesh))
+
+
+def train(work: Workload) -> dict[str, Any]:
+    """Prepares, trains, evaluates and writes a run; returns its summary.
+
+    Whatever is there already is used: records, reference, the newest checkpoint.
+    """
+    config, network, mesh = work.config, work.network, work.mesh
+    tokenizer = load_tokenizer(config)
+    check_vocabulary(tokenizer, network.shape)
+    prepared = prepare(config, tokenizer)
+    records, heldout = open_records(prepared.train), open_records(prepared.heldout)
+    folder = open_run(config, network.shape, tokenizer)
+    tx = make_optimizer(config.optim)
+    with (
+        jax.set_mesh(mesh),
+        log_to_file(folder / "log.txt"),
+        open_checkpoints(folder, config.checkpoint) as checkpoints,
+    ):
+        abstract = abstract_state(network, tx, mesh)
+        state = restore_state(checkpoints, abstract)
+        if state is None:
+            state = first_state(work, tx, abstract)
+        else:
+            logging.info("%s: going on from step %d", folder, state.step)
+        done = int(state.step)
+        references = find_references(work, folder, [records, heldout], done, state.params)
+        evaluate = make_evaluate(work, abstract.params, heldout, references[1])
+        with MetricLog(folder, config.log, done, to_dict(config)) as log:
+            if not log.has(0, "heldout/loss"):
+                log.write(0, heldout_names(evaluate(state.params)))
+            step = make_step(work, tx, abstract)
+            batches = train_batches(work, records, references[0], done)
+            state = run_steps(work, step, state, batches, evaluate, checkpoints, log)
+            if not log.has(config.train.steps, "heldout/loss"):
+                log.write(config.train.steps, heldout_names(evaluate(state.params)))
+    return summarise(config, folder, prepared)
+
+
+def first_state(
+    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """A state at step 0: the weights of `init_from`, or random ones."""
+    origin = work.config.origin
+    if origin is None:
+        return make_state(work.network, tx, work.mesh, work.config.seed)
+    step, params = load_params(origin, abstract.params)
+    logging.info("starting from %s, step %d", origin, step)
+    return start_from(params, tx, abstract)
+
+
+def summarise(config: Config, folder: Path, prepared: Prepared) -> dict[str, Any]:
+    """Writes and returns what came of a run: held-out measures before and after, and the paths."""
+    lines = [line for line in read_metrics(folder) if "heldout/loss" in line]
+    before, after = (
+        {name.removeprefix("heldout/"): line[name] for name in line if name.startswith("heldout/")}
+        for line in (lines[0], lines[-1])
+    )
+    summary = {
+        "name": config.name,
+        "stage": config.stage,
+        "steps": config.train.steps,
+        "heldout": {"before": before, "after": after},
+        "paths": {
+            "run": str(folder),
+            "checkpoint": str(folder / "checkpoints" / str(config.train.steps)),
+            "metrics": str(folder / "metrics.jsonl"),
+            "log": str(folder / "log.txt"),
+            "records": str(prepared.train),
+            "heldout_records": str(prepared.heldout),
+        },
+    }
+    if jax.process_index() == 0:
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary as a table for the terminal."""
+    before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+    lines = [f"{summary['name']}: {summary['stage']}, {summary['steps']} steps", ""]
+    lines.append(f"{'held out':<22}{'before':>12}{'after':>12}")
+    lines += [f"{name:<22}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
+    lines += ["", *(f"{name:<22}{path}" for name, path in summary["paths"].items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, dry_run="print the plan of the run and stop")

@@ -1,0 +1,63 @@
+"""What a run would do, told without doing it."""
+
+import jax
+import numpy as np
+
+from rpo_jax.model.qwen2 import count_params
+from rpo_jax.training.metrics import count_flops
+from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.state import abstract_state
+from rpo_jax.training.step import make_step
+from rpo_jax.training.workload import Workload, example_batch
+
+_GIB = 2**30
+
+
+def describe_run(work: Workload) -> str:
+    """A table: parameters, mesh, batch, steps, memory a device, paths.
+
+    The memory is the compiler's account of the very step that would run: it is compiled here, for
+    the devices that are here.
+    """
+    config, mesh = work.config, work.mesh
+    tx = make_optimizer(config.optim)
+    batch = example_batch(work)
+    row_tokens = batch["tokens"].shape[1]
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(work.network, tx, mesh)
+        step = make_step(work, tx, abstract)
+        memory = step.lower(abstract, work.hyper, batch).compile().memory_analysis()
+    assert memory is not None, "every backend of XLA accounts for its memory"
+    state = _local_bytes(abstract)
+    folder = config.folder
+    full = {**batch, "target_mask": np.ones_like(batch["target_mask"])}
+    full["segment_ids"] = np.ones_like(full["segment_ids"])
+    full["positions"] = np.broadcast_to(np.arange(row_tokens), full["positions"].shape)
+    rows = config.train.batch_rows
+    lines = {
+        "stage": f"{config.stage}, from {config.init_from or 'random weights'}",
+        "parameters": f"{count_params(work.network):,}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        + f" over {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "batch": f"{rows} rows of {row_tokens} = {rows * row_tokens:,} tokens, "
+        f"in {config.train.micro_batches} micro-batches",
+        "steps": f"{config.train.steps:,}, at most "
+        f"{config.train.steps * rows * row_tokens:,} tokens",
+        "model FLOPs": f"at most {count_flops(work.network, full) / 1e12:.4g} T a step",
+        "memory": f"{state / _GIB:.3f} GiB state + {memory.temp_size_in_bytes / _GIB:.3f} GiB "
+        "working space a device, by the compiler",
+        "data": f"{config.data.source} -> {config.workdir}/data/",
+        "run": f"{folder}/ (run.json, model/, checkpoints/, metrics.jsonl, log.txt)",
+        "checkpoints": f"every {config.checkpoint.save_every_steps} steps, newest "
+        f"{config.checkpoint.keep} kept",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _local_bytes(abstract: object) -> int:
+    """Bytes of a sharded tree on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )

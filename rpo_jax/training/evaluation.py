@@ -1,0 +1,115 @@
+"""Forward passes over whole record sets: held-out measures, and the reference of RPO."""
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rpo_jax.data.records import Records
+from rpo_jax.errors import UserError
+from rpo_jax.model.qwen2 import Params
+from rpo_jax.sharding.rules import batch_sharding
+from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.objective import Batch
+from rpo_jax.training.reference import Reference, compute_reference, find_reference
+from rpo_jax.training.run import write_json
+from rpo_jax.training.state import fingerprint_params, with_shardings
+from rpo_jax.training.step import make_measure, make_score
+from rpo_jax.training.workload import Workload, heldout_batches
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's rows as part of a global batch on the mesh."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()
+    }
+
+
+def make_evaluate(
+    work: Workload, abstract: Params, records: Records, reference: Reference | None
+) -> Callable[[Params], dict[str, float]]:
+    """A function from weights to held-out means over the first `train.eval_rows` records.
+
+    It adds up in float64; a mean that is not finite, or nothing to predict, is a UserError.
+    """
+    measure = make_measure(work, abstract)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        sums: dict[tuple[str, str], float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        for batch in heldout_batches(work, records, reference, work.config.train.eval_rows):
+            found = jax.device_get(measure(params, work.hyper, put_batch(batch, work.mesh)))
+            for divisor, group in found[0].items():
+                for name, value in group.items():
+                    sums[divisor, name] += float(value)
+            for divisor, count in found[1].items():
+                counts[divisor] += float(count)
+        if not all(counts.values()):
+            raise UserError(f"{records.directory}: nothing to predict, {dict(counts)}")
+        means = {name: total / counts[divisor] for (divisor, name), total in sums.items()}
+        means["loss"] = float(work.objective.loss(means, jax.device_get(work.hyper)))
+        if not np.isfinite(list(means.values())).all():
+            raise UserError(f"{records.directory}: a held-out mean is not finite: {means}")
+        return means
+
+    return evaluate
+
+
+def find_references(
+    work: Workload, folder: Path, record_sets: list[Records], step: int, params: Params
+) -> list[Reference | None]:
+    """The reference log-probabilities of each record set: stored ones, or computed now.
+
+    The reference is the model that the run starts from: `params` themselves at step 0, else the
+    weights of `init_from`, loaded only if something has to be computed.
+
+    Args:
+        work: the stage; one without a reference gets None for each set.
+        folder: of the run; `reference.json` there keeps the digest of the reference's weights, so
+            that a resumed run finds its reference without loading them.
+        record_sets: of preference pairs.
+        step: where the run stands.
+        params: the weights it has there.
+    """
+    if work.config.stage != "rpo":
+        return [None for _ in record_sets]
+    data = work.config.data
+    abstract = with_shardings(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+    @functools.cache
+    def reference_params() -> Params:
+        if step == 0:
+            return params
+        assert work.config.origin is not None, "the config of an rpo stage has one"
+        return load_params(work.config.origin, abstract)[1]
+
+    note = folder / "reference.json"
+    if not note.is_file():
+        write_json(note, {"weights": fingerprint_params(reference_params())})
+    score = make_score(work, abstract)
+
+    def find(records: Records) -> Reference:
+        identity = {
+            "weights": json.loads(note.read_text())["weights"],
+            "records": records.fingerprint,
+            "layout": [data.prompt_length, data.response_length, work.config.rpo.share_prefix],
+            "nll_tokens": work.config.rpo.nll_tokens,
+            "compute_dtype": work.config.model.compute_dtype,
+        }
+
+        def compute() -> Reference:
+            return compute_reference(
+                lambda batch: np.asarray(score(reference_params(), put_batch(batch, work.mesh))),
+                heldout_batches(work, records, None, limit=0),
+                len(records),
+            )
+
+        return find_reference(records.directory, len(records), identity, compute)
+
+    return [find(records) for records in record_sets]

@@ -1,0 +1,154 @@
+"""The loop: steps, logs, checkpoints, a clean stop."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from rpo_jax.errors import UserError
+from rpo_jax.model.qwen2 import Params
+from rpo_jax.training.checkpoint import save_state
+from rpo_jax.training.evaluation import put_batch
+from rpo_jax.training.metrics import MetricLog, count_flops, measure_memory, peak_flops
+from rpo_jax.training.state import TrainState
+from rpo_jax.training.workload import Workload
+
+
+class Stopped(Exception):
+    """A stop was asked for (SIGTERM or Ctrl-C); the state is saved."""
+
+
+def run_steps(
+    work: Workload,
+    step: Callable[..., tuple[TrainState, dict[str, Array]]],
+    state: TrainState,
+    batches: Iterator[dict[str, np.ndarray]],
+    evaluate: Callable[[Params], dict[str, float]],
+    checkpoints: ocp.training.Checkpointer,
+    log: MetricLog,
+) -> TrainState:
+    """Steps from `state.step` to `train.steps`; every step's metrics are logged.
+
+    Metrics stay on the device until they are due, so that the host runs ahead of the device.
+
+    Raises:
+        UserError: a loss or gradient was not finite; names step and records. The state before it is
+            not harmed, and what was saved before stays.
+        Stopped: after a signal; the state is saved.
+    """
+    config, train = work.config, work.config.train
+    done = int(state.step)
+    pending: list[tuple[int, np.ndarray, dict[str, Array]]] = []
+    meter = _Meter(work)
+    with (
+        _catch_signals() as stop,
+        tqdm(total=train.steps, initial=done, desc=config.name, unit="step", disable=None) as bar,
+    ):
+        while done < train.steps:
+            batch = next(batches)
+            state, metrics = step(state, work.hyper, put_batch(batch, work.mesh))
+            done += 1
+            bar.update()
+            pending.append((done, batch["record_index"], metrics))
+            meter.add(batch)
+            last = done == train.steps or bool(stop)
+            save = last or done % config.checkpoint.save_every_steps == 0
+            look = train.eval_every_steps and done % train.eval_every_steps == 0
+            if last or save or look or done % train.log_every_steps == 0:
+                newest = _flush(pending, log, meter)
+                bar.set_postfix({k: f"{newest[k]:.4g}" for k in ("loss", "tokens_per_s")})
+                if bar.disable:
+                    _say(done, train.steps, newest)
+                meter.start()
+            if look and not last:
+                log.write(done, heldout_names(evaluate(state.params)))
+                meter.start()
+            if save:
+                save_state(checkpoints, state)
+                log.write(done, measure_memory())
+            if stop and done < train.steps:
+                checkpoints.wait()
+                raise Stopped(f"stopped by {stop[0]} at step {done}, saved")
+    return state
+
+
+def heldout_names(means: dict[str, float]) -> dict[str, float]:
+    """The means under the names they are logged with."""
+    return {f"heldout/{name}": value for name, value in means.items()}
+
+
+class _Meter:
+    """Useful tokens and FLOPs a second since the last look."""
+
+    def __init__(self, work: Workload):
+        self._network = work.network
+        self._peak = peak_flops(list(work.mesh.devices.flat))
+        self.start()
+
+    def start(self) -> None:
+        self._since, self._tokens, self._flops = time.perf_counter(), 0.0, 0.0
+
+    def add(self, batch: dict[str, np.ndarray]) -> None:
+        processes = jax.process_count()
+        self._tokens += float((batch["segment_ids"] > 0).sum()) * processes
+        self._flops += count_flops(self._network, batch) * processes
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._since
+        rates = {"tokens_per_s": self._tokens / seconds, "tflops": self._flops / seconds / 1e12}
+        if self._peak:
+            rates["mfu"] = self._flops / seconds / self._peak
+        return rates
+
+
+def _flush(
+    pending: list[tuple[int, np.ndarray, dict[str, Array]]], log: MetricLog, meter: _Meter
+) -> dict[str, float]:
+    """Fetches and logs what is pending; the newest step gets the rates too."""
+    fetched = jax.device_get([metrics for _, _, metrics in pending])
+    rates = meter.read()
+    for (step, records, _), metrics in zip(pending, fetched, strict=True):
+        scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
+        if not metrics["finite"]:
+            raise UserError(
+                f"step {step}: loss {scalars['loss']} with gradient norm {scalars['grad_norm']} on "
+                f"records {records.tolist()}; the step was refused, the last checkpoint is whole. "
+                "Look at these records, or lower optim.learning_rate"
+            )
+        newest = scalars | (rates if step == pending[-1][0] else {})
+        log.write(step, newest)
+    pending.clear()
+    return newest
+
+
+def _say(step: int, steps: int, scalars: dict[str, float]) -> None:
+    shown = ("loss", "dpo", "nll", "margin", "reward_accuracy", "grad_norm", "tokens_per_s")
+    text = "  ".join(f"{name} {scalars[name]:.4g}" for name in shown if name in scalars)
+    logging.info("step %d/%d  %s", step, steps, text)
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[list[str]]:
+    """A list that SIGTERM or a first Ctrl-C puts its name into; a second one acts at once."""
+    received: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        for caught in previous:
+            signal.signal(caught, previous[caught])
+        logging.warning("%s: stopping after this step, with a checkpoint", received[0])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
