@@ -56,12 +56,12 @@ class Source:
     """Documents or pairs, as a stream that can be read again, and all that it depends on.
 
     Attributes:
-        files: whose content it is made of.
+        files: whose content it is made of: path, bytes and sha256 of each.
         rule: how; another way of making texts from the same files is another rule.
         read: starts the stream.
     """
 
-    files: tuple[Path, ...]
+    files: Sequence[Mapping[str, Any]]
     rule: str
     read: Callable[[], Iterator[Any]]
 
@@ -122,9 +122,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """
     if config.tokenizer.path:
         return read_tokenizer(config.tokenizer.path, config.tokenizer.end_of_text)
-    if not config.init_from:
+    if config.origin is None:
         return _train_tokenizer(config)
-    folder = Path(config.init_from) / "model"
+    folder = config.origin / "model"
     if not any((folder / name).is_file() for name in FILE_NAMES):
         raise UserError(
             f"init_from={config.init_from}: no tokenizer in {folder} ({' or '.join(FILE_NAMES)} is "
@@ -150,7 +150,7 @@ def find_sources(config: Config) -> tuple[Source, Source]:
 
 
 def describe(records: Records) -> str:
-    """What is in a record set, for the terminal."""
+    """What is in a record set, in words."""
     ledger = Ledger.from_dict(records.info["ledger"])
     row_tokens = records.info["row_tokens"]
     tokens = sum(count for name, count in ledger.totals.items() if name.endswith("tokens"))
@@ -194,12 +194,11 @@ def _make_recipe(config: Config, tokenizer: Tokenizer) -> Recipe:
 def _make_records(
     config: Config, tokenizer: Tokenizer, recipe: Recipe, split: str, source: Source
 ) -> Path:
-    files = digest_files(source.files)
     fingerprint = digest(
         {
             "format": FORMAT,
             "rule": source.rule,
-            "files": [[Path(file["path"]).name, file["sha256"]] for file in files],
+            "files": [[Path(file["path"]).name, file["sha256"]] for file in source.files],
             "tokenizer": tokenizer.fingerprint,
             **recipe.lengths,
         }
@@ -217,6 +216,9 @@ def _make_records(
         stream = tqdm(source.read(), desc=f"prepare {split}", unit=f" {recipe.unit}", disable=None)
         yield from recipe.encode(stream, ledger)
         _check_share(ledger, split, allowed)
+        if not ledger.kept:
+            paths = ", ".join(file["path"] for file in source.files)
+            raise UserError(f"{split}: there are no {recipe.unit} in {paths}")
 
     def make_info() -> dict[str, Any]:
         return {
@@ -227,7 +229,7 @@ def _make_records(
             "provenance": {
                 "source": config.data.source,
                 "rule": source.rule,
-                "files": files,
+                "files": source.files,
                 "tokenizer": tokenizer.fingerprint,
                 **recipe.lengths,
             },
@@ -254,14 +256,14 @@ def _train_tokenizer(config: Config) -> Tokenizer:
         documents = (world / "general.jsonl", world / "textbook.jsonl")
         preferences = (world / "pairs_train.jsonl",)
         source = Source(
-            (*documents, *preferences),
+            digest_files((*documents, *preferences)),
             "all that a world trains on",
             lambda: itertools.chain(read_documents(documents), read_pairs(preferences)),
         )
     else:
         source, _ = find_sources(config)
     size = config.tokenizer.train_vocab_size
-    sha256s = [file["sha256"] for file in digest_files(source.files)]
+    sha256s = [file["sha256"] for file in source.files]
     fingerprint = digest({"rule": source.rule, "files": sha256s, "vocab_size": size})
     folder = Path(config.workdir) / "data" / f"tokenizer-{fingerprint[:16]}"
     if not (folder / FILE_NAMES[1]).is_file():
@@ -281,11 +283,11 @@ def _from_files(config: Config) -> tuple[Source, Source]:
 
     def find(split: str) -> Source:
         files = find_files(getattr(config.data, split), suffixes, f"data.{split}")
-        return Source(files, "as they are", lambda: read(files))
+        return Source(digest_files(files), "as they are", lambda: read(files))
 
     train, heldout = find("train"), find("heldout")
-    trained = {file["sha256"]: file["path"] for file in digest_files(train.files)}
-    for file in digest_files(heldout.files):
+    trained = {file["sha256"]: file["path"] for file in train.files}
+    for file in heldout.files:
         if file["sha256"] in trained:
             raise UserError(
                 f"data.heldout: {file['path']} has the content of {trained[file['sha256']]}, which "
@@ -319,8 +321,8 @@ def _from_world(config: Config) -> tuple[Source, Source]:
 
 def _read_as_is(read: Read, train: Path, heldout: Path) -> tuple[Source, Source]:
     return (
-        Source((train,), "as they are", lambda: read([train])),
-        Source((heldout,), "as they are", lambda: read([heldout])),
+        Source(digest_files([train]), "as they are", lambda: read([train])),
+        Source(digest_files([heldout]), "as they are", lambda: read([heldout])),
     )
 
 
@@ -331,15 +333,16 @@ def _cut_general(path: Path) -> tuple[Source, Source]:
                 yield document
 
     rule = f"each {_HELDOUT_EVERY}th held out"
+    files = digest_files([path])
     return (
-        Source((path,), f"{rule}: the others", lambda: pick(False)),
-        Source((path,), f"{rule}: these", lambda: pick(True)),
+        Source(files, f"{rule}: the others", lambda: pick(False)),
+        Source(files, f"{rule}: these", lambda: pick(True)),
     )
 
 
 def _join(sources: Sequence[Source]) -> Source:
     return Source(
-        tuple(file for source in sources for file in source.files),
+        [file for source in sources for file in source.files],
         "; ".join(source.rule for source in sources),
         lambda: itertools.chain.from_iterable(source.read() for source in sources),
     )
@@ -358,13 +361,13 @@ def _from_exam(config: Config, years: Sequence[int]) -> Source:
     files = [path for year in folders for path in sorted(year.glob("*.jsonl"))]
     if config.stage == "cpt":
         return Source(
-            tuple(files),
+            digest_files(files),
             f"{ANSWER_ZERO_SHOT_V1.name} with its answer",
             lambda: map(_tell, questions),
         )
     demonstrations = igakuqa.read_demonstrations(folder)
     return Source(
-        (*files, folder / igakuqa.DEMONSTRATIONS_FILE),
+        digest_files([*files, folder / igakuqa.DEMONSTRATIONS_FILE]),
         f"{OFFICIAL_COMPLETION_V1.name}, right over wrong",
         lambda: (_prefer(question, demonstrations) for question in questions),
     )

@@ -4,11 +4,12 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rpo_jax.errors import UserError
 
@@ -106,7 +107,7 @@ def digest_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return digests
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 

@@ -1,6 +1,5 @@
 """Batches whose order is a pure function of (seed, step)."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 MakeRow = Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+
+_NO_END = 1 << 53  # rows; grain counts batches in float64
 
 
 def make_batches(
@@ -50,7 +51,7 @@ def make_batches(
         step, row = divmod(local_place, local_rows)
         return _row(source, make_row, order[step * batch_rows + process_index * local_rows + row])
 
-    places = grain.MapDataset.range(start_step * local_rows, sys.maxsize)
+    places = grain.MapDataset.range(start_step * local_rows, _NO_END)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * local_rows)
     return iter(places.map(row_at).batch(local_rows).to_iter_dataset(options))
 

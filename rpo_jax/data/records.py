@@ -122,21 +122,14 @@ def write_records(
     Args:
         directory: the folder to create.
         features: of each example.
-        examples: consumed once, as a stream.
+        examples: at least one; consumed once, as a stream.
         describe: called after the last example; what `dataset.json` shall say beside the counts, at
             least a `fingerprint`.
-
-    Raises:
-        UserError: there are no examples.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{directory.name}.incomplete-", dir=directory.parent))
     try:
-        stream = iter(examples)
-        first = next(stream, None)
-        if first is None:
-            raise UserError("no records: the input is empty, or all of it was dropped")
-        builder = RecordSet(features, _prepend(first, stream), scratch)
+        builder = RecordSet(features, examples, scratch)
         _build(builder)
         complete = Path(builder.data_path)
         shards = {
@@ -154,10 +147,14 @@ def write_records(
             "versions": {name: version(name) for name in _LIBRARIES},
             **describe(),
         }
-        (complete / INFO_FILE).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
+        (complete / INFO_FILE).write_text(text, encoding="utf-8")
         _check_shards(complete, shards)
-        if not directory.exists():  # else another process made the same set meanwhile
+        try:
             complete.rename(directory)
+        except OSError:
+            if not (directory / INFO_FILE).is_file():
+                raise  # else another process was faster with the same set
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return open_records(directory)
@@ -214,11 +211,6 @@ def _check_shards(directory: Path, shards: Mapping[str, Mapping[str, int]]) -> N
             raise UserError(f"{path}: damaged ({error}){mend}") from error
         if count != wanted["records"]:
             raise UserError(f"{path}: {count} records, {wanted['records']} were written{mend}")
-
-
-def _prepend(first: Example, rest: Iterator[Example]) -> Iterator[Example]:
-    yield first
-    yield from rest
 
 
 def _build(builder: RecordSet) -> None:

@@ -5,7 +5,7 @@ arrays, `param_axes` the same dict with the logical axes of each, and `forward` 
 of it. All layers lie stacked along a leading axis, so that the same code lowers 2 layers or 80.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -46,7 +46,7 @@ def make_network(shape: ModelShape, config: ModelConfig) -> Network:
     )
 
 
-def _weight(module: Any, name: str, init: Any, axes: dict[str, int]) -> Array:
+def _weight(module: Any, name: str, init: Any, axes: Mapping[str, int]) -> Array:
     """A parameter of a module, with its logical axes and their sizes."""
     boxed = nn.with_logical_partitioning(init, tuple(axes))
     return cast(Array, module.param(name, boxed, tuple(axes.values()), module.param_dtype))
@@ -73,8 +73,8 @@ class Linear(nn.Module):
     "head_dim": H}; the kernel has their shapes joined.
     """
 
-    inputs: dict[str, int]
-    outputs: dict[str, int]
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
     stddev: float
     param_dtype: str
     bias: bool = False
