@@ -213,8 +213,8 @@ def _make_records(
     ledger = Ledger(recipe.unit)
 
     def make_examples() -> Iterator[dict[str, Any]]:
-        stream = tqdm(source.read(), desc=f"prepare {split}", unit=f" {recipe.unit}", disable=None)
-        yield from recipe.encode(stream, ledger)
+        counted = tqdm(source.read(), desc=f"prepare {split}", unit=f" {recipe.unit}", disable=None)
+        yield from recipe.encode(iter(counted), ledger)
         _check_share(ledger, split, allowed)
         if not ledger.kept:
             paths = ", ".join(file["path"] for file in source.files)

@@ -1,0 +1,398 @@
+"""The prepare command: records that say what the input says, made once, refused when it is bad."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from rpo_jax import cli
+from rpo_jax.config import defaults, resolve
+from rpo_jax.data.records import open_records
+from rpo_jax.errors import UserError
+from rpo_jax.exams.igakuqa import read_demonstrations, read_questions
+from rpo_jax.exams.prompts import OFFICIAL_COMPLETION_V1
+from rpo_jax.prepare import load_tokenizer, main, prepare
+
+# ml_collections loads config files by a method that Python 3.11 calls deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
+
+CONFIG = """
+from rpo_jax.config import defaults
+
+def get_config(arg=""):
+    config = defaults()
+    config.update({values!r})
+    return config
+"""
+
+
+def make_values(workdir, **changes):
+    """The values of a small run on the smallest fictional world; dots in names become `__`."""
+    values = {
+        "stage": "cpt",
+        "name": "test",
+        "workdir": str(workdir),
+        "model__shape": "qwen2.5-0.5b",
+        "train__steps": 1,
+        "train__batch_rows": 1,
+        "data__source": "fictional",
+        "data__fictional__size": "tiny",
+        "data__row_length": 64,
+        "tokenizer__train_vocab_size": 800,
+    } | changes
+    nested = {}
+    for name, value in values.items():
+        *path, last = name.split("__")
+        section = nested
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return nested
+
+
+def make_config(workdir, **changes):
+    values = defaults()
+    values.update(make_values(workdir, **changes))
+    return resolve(values.to_dict())
+
+
+def run_command(tmp_path, capsys, **changes):
+    """Exit status, output and error output of the command."""
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(values=make_values(tmp_path / "runs", **changes)))
+    try:
+        cli.run(main, ["prepare", f"--config={path}"])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A work folder with a world, its tokenizer and its CPT records."""
+    workdir = tmp_path_factory.mktemp("runs")
+    config = make_config(workdir)
+    return workdir, config, prepare(config, load_tokenizer(config))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def decode_documents(directory, tokenizer):
+    tokens = np.concatenate(
+        [row["tokens"][row["segment_ids"] > 0] for row in open_records(directory)]
+    )
+    ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
+    assert ends[-1] == len(tokens)
+    return [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(tokens, ends[:-1])]
+
+
+def texts(workdir, name):
+    (folder,) = (workdir / "data").glob("world-*")
+    return [record["text"] for record in read_lines(folder / name)]
+
+
+def test_rows_hold_the_text_of_the_world(world):
+    workdir, config, prepared = world
+    tokenizer = load_tokenizer(config)
+    assert decode_documents(prepared.train, tokenizer) == texts(workdir, "textbook.jsonl")
+    assert decode_documents(prepared.heldout, tokenizer) == texts(workdir, "textbook_heldout.jsonl")
+    info = open_records(prepared.train).info
+    assert info["ledger"]["kept"] == len(texts(workdir, "textbook.jsonl"))
+    provenance = info["provenance"]
+    assert provenance["row_length"] == 64 and provenance["tokenizer"] == tokenizer.fingerprint
+    assert provenance["files"][0]["path"].endswith("textbook.jsonl")
+    assert len(provenance["files"][0]["sha256"]) == 64
+
+
+def test_general_passages_are_cut_into_two_parts(world):
+    workdir, _, _ = world
+    found = {}
+    for text in ("general", "both"):
+        config = make_config(workdir, data__fictional__text=text)
+        prepared = prepare(config, tokenizer := load_tokenizer(config))
+        found[text] = [
+            decode_documents(folder, tokenizer) for folder in (prepared.train, prepared.heldout)
+        ]
+    train, heldout = found["general"]
+    everything = texts(workdir, "general.jsonl")
+    assert heldout == everything[::20]
+    assert train == [text for place, text in enumerate(everything) if place % 20]
+    textbook, textbook_heldout = (
+        texts(workdir, name) for name in ("textbook.jsonl", "textbook_heldout.jsonl")
+    )
+    assert found["both"] == [train + textbook, heldout + textbook_heldout]
+
+
+def test_one_tokenizer_serves_all_stages_of_a_world(world):
+    workdir, config, _ = world
+    general = make_config(workdir, data__fictional__text="general")
+    assert load_tokenizer(general).fingerprint == load_tokenizer(config).fingerprint
+    assert len(list((workdir / "data").glob("tokenizer-*"))) == 1
+    other = make_config(workdir, tokenizer__train_vocab_size=801)
+    assert load_tokenizer(other).vocab_size == 801
+
+
+def test_pairs_hold_the_preferences_of_the_world(world):
+    workdir, config, _ = world
+    tokenizer = load_tokenizer(config)
+    tokenizer.save(workdir / "base" / "model")
+    rpo = make_config(
+        workdir,
+        stage="rpo",
+        init_from=str(workdir / "base"),
+        model__shape="",
+        data__prompt_length=300,
+        data__response_length=300,
+    )
+    assert load_tokenizer(rpo).fingerprint == tokenizer.fingerprint
+    prepared = prepare(rpo, tokenizer)
+    (folder,) = (workdir / "data").glob("world-*")
+    for split, directory in (("train", prepared.train), ("heldout", prepared.heldout)):
+        found = [
+            {"id": record["id"]}
+            | {
+                name: tokenizer.decode(record[f"{name}_ids"].tolist()).removesuffix("<|endoftext|>")
+                for name in ("prompt", "chosen", "rejected")
+            }
+            for record in open_records(directory)
+        ]
+        assert found == read_lines(folder / f"pairs_{split}.jsonl")
+        for record in open_records(directory):
+            assert record["chosen_ids"][-1] == record["rejected_ids"][-1] == tokenizer.eos_id
+
+
+def test_records_are_reused_exactly_when_nothing_changed(world, caplog):
+    workdir, config, prepared = world
+    before = {path: path.stat().st_mtime_ns for path in prepared.train.iterdir()}
+    with caplog.at_level(logging.INFO):
+        assert prepare(config, load_tokenizer(config)) == prepared
+    assert caplog.text.count("reused") == 2
+    assert {path: path.stat().st_mtime_ns for path in prepared.train.iterdir()} == before
+    longer = make_config(workdir, data__row_length=65)
+    other = make_config(workdir, tokenizer__train_vocab_size=801)
+    seeded = make_config(workdir, data__fictional__seed=1)
+    renamed = make_config(workdir, name="again", seed=5, train__steps=9)
+    found = {prepare(changed, load_tokenizer(changed)).train for changed in (longer, other, seeded)}
+    assert len(found | {prepared.train}) == 4
+    assert prepare(renamed, load_tokenizer(renamed)) == prepared
+
+
+def test_the_command_tells_what_it_made(tmp_path, capsys):
+    status, output, _ = run_command(tmp_path, capsys)
+    assert status == 0
+    assert "tokenizer: 800 ids, <|endoftext|> ends a text" in output
+    assert "documents kept, 0 dropped (0.00%)" in output
+    assert "rows of 64 tokens" in output and "fill 9" in output and "characters a token" in output
+    for split in ("train: ", "heldout: "):
+        (line,) = (line for line in output.splitlines() if line.startswith(split))
+        assert (tmp_path / "runs" / "data") in open_records(
+            tmp_path / line.removeprefix(split)
+        ).directory.parents
+
+
+QUESTIONS = 400
+
+
+@pytest.fixture(scope="module")
+def exam_values(igakuqa_dir, qwen_tokenizer):
+    return {
+        "data__source": "igakuqa",
+        "data__igakuqa__directory": str(igakuqa_dir),
+        "data__igakuqa__train_years": (2021,),
+        "data__igakuqa__heldout_years": (2022,),
+        "tokenizer__path": str(qwen_tokenizer),
+    }
+
+
+def test_the_exam_as_text(tmp_path, exam_values, igakuqa_dir):
+    config = make_config(tmp_path, **exam_values, data__row_length=512)
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(config, tokenizer)
+    for year, directory in ((2021, prepared.train), (2022, prepared.heldout)):
+        documents = decode_documents(directory, tokenizer)
+        questions = read_questions(igakuqa_dir, [year])
+        assert len(documents) == len(questions) == QUESTIONS
+        for document, question in zip(documents, questions, strict=True):
+            assert question.text in document
+            assert document.endswith("\n" + ",".join(question.accepted[0]))
+
+
+def test_the_exam_as_pairs(tmp_path, exam_values, igakuqa_dir):
+    config = make_config(
+        tmp_path,
+        **exam_values,
+        stage="rpo",
+        init_from=str(tmp_path),
+        data__prompt_length=1536,
+        data__response_length=16,
+    )
+    tokenizer = load_tokenizer(config)
+    demonstrations = read_demonstrations(igakuqa_dir)
+    records = open_records(prepare(config, tokenizer).heldout)
+    assert len(records) == QUESTIONS
+    for record, question in zip(records, read_questions(igakuqa_dir, [2022]), strict=True):
+        prompt, chosen, rejected = (
+            tokenizer.decode(record[f"{name}_ids"].tolist())
+            for name in ("prompt", "chosen", "rejected")
+        )
+        assert record["id"] == question.id
+        assert prompt == OFFICIAL_COMPLETION_V1.render(question, demonstrations)
+        right, wrong = (
+            tuple(text.removeprefix("\n").removesuffix("<|endoftext|>").split(","))
+            for text in (chosen, rejected)
+        )
+        assert right in question.accepted
+        assert wrong not in question.accepted and len(wrong) == len(right)
+        if not question.is_numeric:
+            assert list(wrong) == sorted(set(wrong)) and set(wrong) <= set(question.letters)
+
+
+def test_the_exam_is_found_by_environment(tmp_path, exam_values, igakuqa_dir, monkeypatch):
+    config = make_config(tmp_path, **exam_values | {"data__igakuqa__directory": ""})
+    tokenizer = load_tokenizer(config)
+    monkeypatch.delenv("IGAKUQA_DIR", raising=False)
+    with pytest.raises(UserError, match=r"set data\.igakuqa\.directory, or IGAKUQA_DIR"):
+        prepare(config, tokenizer)
+    monkeypatch.setenv("IGAKUQA_DIR", str(igakuqa_dir))
+    assert len(open_records(prepare(config, tokenizer).train)) > 100
+
+
+TEXT = "".join(f'{{"text": "number {n} of {n * n}"}}\n' for n in range(300))
+
+
+def pair_line(number, prompt="Which one?"):
+    pair = {"id": str(number), "prompt": prompt, "chosen": f"{number}", "rejected": "none"}
+    return json.dumps(pair) + "\n"
+
+
+@pytest.fixture
+def file_values(tmp_path):
+    """A run on files: a train file and a held-out file, both fine."""
+    for name, content in (("train.jsonl", TEXT), ("heldout.jsonl", '{"text": "held out"}\n')):
+        (tmp_path / name).write_text(content)
+    return {
+        "data__source": "files",
+        "data__train": (str(tmp_path / "tr*.jsonl"),),
+        "data__heldout": (str(tmp_path / "heldout.jsonl"),),
+        "tokenizer__train_vocab_size": 300,
+    }
+
+
+@pytest.fixture
+def pair_values(tmp_path, file_values, world):
+    """The same with pairs, starting from a run that has a tokenizer."""
+    for name, first in (("train", 0), ("heldout", 50)):
+        lines = "".join(pair_line(number) for number in range(first, first + 50))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    load_tokenizer(world[1]).save(tmp_path / "base" / "model")
+    return file_values | {"stage": "rpo", "init_from": str(tmp_path / "base"), "model__shape": ""}
+
+
+def test_files_become_records(tmp_path, capsys, file_values):
+    status, output, _ = run_command(tmp_path, capsys, **file_values)
+    assert status == 0 and "300 documents kept" in output and "1 documents kept" in output
+
+
+def assert_refused(outcome, tmp_path, *wanted):
+    """One clear message, no traceback, status 2, and no record set left behind."""
+    status, _, errors = outcome
+    assert status == 2, errors
+    assert "Traceback" not in errors and errors.splitlines()[-1] and "error: " in errors
+    for text in wanted:
+        assert text in errors
+    left = [path.name for path in (tmp_path / "runs").glob("data/*")]
+    assert not [name for name in left if "incomplete" in name]
+    return left
+
+
+def test_files_become_pairs(tmp_path, capsys, pair_values):
+    status, output, _ = run_command(tmp_path, capsys, **pair_values)
+    assert status == 0 and "50 pairs kept" in output and "mean prompt" in output
+
+
+def test_a_line_that_is_not_json(tmp_path, capsys, file_values):
+    (tmp_path / "train.jsonl").write_text(TEXT + '{"text": \n')
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert assert_refused(outcome, tmp_path, "train.jsonl:301: not a JSON object") == []
+
+
+def test_a_missing_file(tmp_path, capsys, file_values):
+    (tmp_path / "heldout.jsonl").unlink()
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert_refused(outcome, tmp_path, "data.heldout: no file matches", "heldout.jsonl")
+
+
+def test_an_empty_response(tmp_path, capsys, pair_values):
+    bad = json.dumps({"id": "x", "prompt": "a", "chosen": "", "rejected": "b"})
+    (tmp_path / "heldout.jsonl").write_text(pair_line(1) + bad)
+    outcome = run_command(tmp_path, capsys, **pair_values)
+    assert_refused(outcome, tmp_path, "heldout.jsonl:2: 'chosen' is empty")
+
+
+def test_a_held_out_copy_of_the_training_text(tmp_path, capsys, file_values):
+    (tmp_path / "heldout.jsonl").write_text(TEXT)
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert_refused(outcome, tmp_path, "data.heldout", "heldout.jsonl", "train.jsonl")
+
+
+def test_nothing_to_learn_from(tmp_path, capsys, file_values):
+    (tmp_path / "heldout.jsonl").write_text("\n")
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert_refused(outcome, tmp_path, "heldout: there are no documents in", "heldout.jsonl")
+
+
+def test_empty_documents_are_counted_up_to_the_threshold(tmp_path, capsys, file_values):
+    (tmp_path / "train.jsonl").write_text(TEXT + '{"text": " "}\n' * 3)
+    status, output, _ = run_command(tmp_path, capsys, **file_values)
+    assert status == 0
+    assert "300 documents kept, 3 dropped (0.99%)\n  3 empty; the first: train.jsonl#301" in output
+    (tmp_path / "train.jsonl").write_text(TEXT + '{"text": " "}\n' * 4)
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert_refused(outcome, tmp_path, "data.max_dropped_share=0.01", "4 empty")
+
+
+def test_prompts_that_do_not_fit_are_counted_up_to_the_threshold(tmp_path, capsys, pair_values):
+    long = pair_line(1000, prompt="x" * 70) + pair_line(1001, prompt="x" * 90)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + long)
+    short = pair_values | {"data__prompt_length": 64}
+    told = (
+        "50 pairs kept, 2 dropped (3.85%)",
+        "2 prompt longer than data.prompt_length=64 tokens, the largest 9",
+        "the first: 1000",
+        "data.max_dropped_share",
+    )
+    assert_refused(run_command(tmp_path, capsys, **short), tmp_path, *told)
+    allowed = short | {"data__max_dropped_share": 0.05}
+    status, output, _ = run_command(tmp_path, capsys, **allowed)
+    assert status == 0 and told[0] in output and told[1] in output
+    # The set is there now; the stricter run must not take it without a word.
+    assert_refused(run_command(tmp_path, capsys, **short), tmp_path, *told)
+
+
+def test_damaged_records_are_not_used(tmp_path, capsys, file_values):
+    run_command(tmp_path, capsys, **file_values)
+    shard = next((tmp_path / "runs" / "data").glob("rows-*/*array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    outcome = run_command(tmp_path, capsys, **file_values)
+    assert_refused(outcome, tmp_path, str(shard), "delete")
+
+
+def test_a_run_to_start_from_without_a_tokenizer(tmp_path, capsys, pair_values):
+    outcome = run_command(tmp_path, capsys, **pair_values | {"init_from": str(tmp_path / "no")})
+    assert_refused(outcome, tmp_path, f"init_from={tmp_path / 'no'}: no tokenizer in")
+
+
+def test_a_tokenizer_path_that_is_wrong(tmp_path, capsys, file_values):
+    outcome = run_command(tmp_path, capsys, **file_values, tokenizer__path=str(tmp_path / "t.json"))
+    assert_refused(outcome, tmp_path, "t.json: no such tokenizer file")
+
+
+def test_a_world_too_small_for_its_vocabulary(tmp_path, capsys):
+    outcome = run_command(tmp_path, capsys, tokenizer__train_vocab_size=50_000)
+    assert_refused(outcome, tmp_path, "tokenizer.train_vocab_size to at most")
