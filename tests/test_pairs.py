@@ -18,6 +18,11 @@ def tokenizer(tmp_path_factory):
     return train_sentencepiece(["abcdef abc\n" * 50], 268, tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(scope="module")
+def qwen(qwen_tokenizer):
+    return read_tokenizer(qwen_tokenizer)
+
+
 def write(path, *records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
@@ -82,8 +87,7 @@ def test_responses_end_in_end_of_text(tokenizer):
     assert ledger.totals == {"prompt_tokens": 2, "chosen_tokens": 2, "rejected_tokens": 2}
 
 
-def test_no_token_crosses_the_border(qwen_tokenizer):
-    qwen = read_tokenizer(qwen_tokenizer)
+def test_no_token_crosses_the_border(qwen):
     (record,), _ = tokenise([Pair("1", "answer", " ing", "ing")], qwen)
     joined = [*record["prompt_ids"].tolist(), *record["rejected_ids"].tolist()[:-1]]
     assert joined != qwen.encode("answering") and qwen.decode(joined) == "answering"
@@ -109,12 +113,11 @@ def test_what_does_not_fit_is_told_not_cut(tokenizer):
     assert ledger.dropped_share == 0.8
 
 
-def test_responses_with_the_same_tokens_are_no_preference(qwen_tokenizer):
+def test_responses_with_the_same_tokens_are_no_preference(qwen):
     composed, decomposed = (
         "\u304c",
         "\u304b\u3099",
     )  # one syllable in two spellings; Qwen folds them
-    qwen = read_tokenizer(qwen_tokenizer)
     records, ledger = tokenise([Pair("1", "a", composed, decomposed)], qwen)
     assert not records
     assert ledger.dropped["chosen and rejected have the same tokens"].example == "1"

@@ -12,7 +12,7 @@ from rpo_jax.data.records import open_records
 from rpo_jax.errors import UserError
 from rpo_jax.exams.igakuqa import read_demonstrations, read_questions
 from rpo_jax.exams.prompts import OFFICIAL_COMPLETION_V1
-from rpo_jax.prepare import load_tokenizer, main, prepare
+from rpo_jax.prepare import find_sources, load_tokenizer, main, prepare
 
 # ml_collections loads config files by a method that Python 3.11 calls deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -254,12 +254,13 @@ def test_the_exam_as_pairs(tmp_path, exam_values, igakuqa_dir):
 
 def test_the_exam_is_found_by_environment(tmp_path, exam_values, igakuqa_dir, monkeypatch):
     config = make_config(tmp_path, **exam_values | {"data__igakuqa__directory": ""})
-    tokenizer = load_tokenizer(config)
     monkeypatch.delenv("IGAKUQA_DIR", raising=False)
     with pytest.raises(UserError, match=r"set data\.igakuqa\.directory, or IGAKUQA_DIR"):
-        prepare(config, tokenizer)
+        find_sources(config)
     monkeypatch.setenv("IGAKUQA_DIR", str(igakuqa_dir))
-    assert len(open_records(prepare(config, tokenizer).train)) > 100
+    train, heldout = find_sources(config)
+    assert {file["path"][len(str(igakuqa_dir)) :][:6] for file in train.files} == {"/2021/"}
+    assert len(list(heldout.read())) == QUESTIONS
 
 
 TEXT = "".join(f'{{"text": "number {n} of {n * n}"}}\n' for n in range(300))

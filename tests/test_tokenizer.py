@@ -41,6 +41,11 @@ def qwen(qwen_tokenizer) -> Tokenizer:
     return read_tokenizer(qwen_tokenizer)
 
 
+@pytest.fixture(params=["small", "qwen"])
+def tokenizer(request) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_sentencepiece_round_trip(small, text):
@@ -59,18 +64,19 @@ def test_qwen_round_trip(qwen, text):
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_hard_round_trips(small, qwen, text):
-    assert small.decode(small.encode(text)) == text
-    assert qwen.decode(qwen.encode(text)) == text
+def test_hard_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_literal_end_of_text_ends_nothing(small, qwen):
-    text = "前<|endoftext|>後<|im_start|>"
-    for tokenizer in (small, qwen):
-        ids = tokenizer.encode(text)
-        assert tokenizer.eos_id not in ids
-        assert tokenizer.decode(ids) == text
-    assert max(qwen.encode(text)) < 151643  # no control token at all
+def test_a_literal_end_of_text_ends_nothing(tokenizer):
+    text = "前<|endoftext|>後"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_no_control_token_of_qwen_comes_from_text(qwen):
+    assert max(qwen.encode("<|im_start|>user<|im_end|><|endoftext|>")) < 151643
 
 
 def test_qwen_is_the_one_of_the_release(qwen):
@@ -91,12 +97,10 @@ def test_long_lines_are_not_skipped(tmp_path):
     assert train_sentencepiece([line], 320, tmp_path).vocab_size == 320
 
 
-def test_a_saved_copy_is_the_same_tokenizer(small, qwen, tmp_path):
-    for tokenizer in (small, qwen):
-        folder = tmp_path / tokenizer.file_name
-        tokenizer.save(folder)
-        assert (folder / tokenizer.file_name).read_bytes() == tokenizer.content
-        assert read_tokenizer(folder).fingerprint == tokenizer.fingerprint
+def test_a_saved_copy_is_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert (tmp_path / tokenizer.file_name).read_bytes() == tokenizer.content
+    assert read_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
 
 
 def test_the_chosen_end_of_text_is_kept_and_told_apart(qwen, qwen_tokenizer, tmp_path):
