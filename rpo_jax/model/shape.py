@@ -14,12 +14,16 @@ _SHIPPED = resources.files("rpo_jax.model") / "shapes"
 
 # Values of a Qwen2 config.json under which the network is the one of qwen2.py; a key may be absent.
 _FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["Qwen2ForCausalLM"], None),
     "model_type": ("qwen2",),
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
     "use_mrope": (False,),
     "rope_scaling": (None,),
+    "quantization_config": (None,),
 }
+
+_LARGEST = 2**53  # of any number in a config.json: beyond, a float is no longer exact
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def parse_shape(values: dict[str, Any], where: str) -> ModelShape:
         for key, allowed in _FIXED.items()
         if key in values and values[key] not in allowed
     ]
+    layer_types = values.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layer_types):
+        problems.append(f"layer_types={layer_types!r:.80}, only full_attention is supported")
     fields: dict[str, Any] = {}
     kinds = typing.get_type_hints(ModelShape)
     for field in dataclasses.fields(ModelShape):
@@ -70,7 +77,9 @@ def parse_shape(values: dict[str, Any], where: str) -> ModelShape:
             problems.append(f"{field.name} is missing")
         elif kind is bool and not isinstance(value, bool):
             problems.append(f"{field.name}={value!r}, true or false is wanted")
-        elif kind in (int, float) and not (number and value > 0 and value == kind(value)):
+        elif kind in (int, float) and not (
+            number and 0 < value < _LARGEST and value == kind(value)
+        ):
             problems.append(f"{field.name}={value!r}, a positive {kind.__name__} is wanted")
         else:
             fields[field.name] = kind(value)

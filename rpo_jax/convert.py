@@ -1,0 +1,272 @@
+"""Weights in and out: Hugging Face safetensors to a model folder, and back for a release.
+
+    python -m rpo_jax.convert import  --source Qwen/Qwen2.5-0.5B --target qwen
+    python -m rpo_jax.convert verify  --source qwen --against Qwen/Qwen2.5-0.5B
+    python -m rpo_jax.convert export  --source runs/rpo --target release
+    python -m rpo_jax.convert inspect --source release
+
+An interrupted import or export goes on where it stopped when the same command is given again.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from rpo_jax.cli import exit_on_error
+from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.errors import UserError
+from rpo_jax.model.qwen2 import Network, forward, head_table
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.state import abstract_weights
+from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
+from rpo_jax.weights.importing import Part, import_weights
+from rpo_jax.weights.names import Tensor
+from rpo_jax.weights.release import make_card
+from rpo_jax.weights.source import KEPT_FILES, open_source
+from rpo_jax.weights.store import DTYPES
+
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an answer, and the number 3.14.\n"
+
+
+def import_command(args: argparse.Namespace) -> None:
+    """Hugging Face safetensors -> a model folder."""
+    source = open_source(find_source(args.source, args.revision))
+    done = import_weights(
+        source, epath.Path(args.target), args.ram_budget_gib, args.part, args.source
+    )
+    if done:
+        print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
+    else:
+        print(f"part {args.part.index} of {args.part.count} is done, others are not yet")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """A model folder -> Hugging Face safetensors, with a model card."""
+    weights = open_weights(epath.Path(args.source), args.step)
+    base = args.base or weights.manifest.get("source", "")
+    if base != "none" and not _HUB_ID.fullmatch(base):
+        raise UserError(
+            f"--base={args.base!r}: the card must name the base model, whose licence applies: give "
+            "its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
+        )
+    dtype = _DTYPES.get(args.dtype, weights.arrays.dtype)
+    stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
+    texts = (_read_text(path) for path in (args.method, args.data, args.results))
+    export_weights(
+        weights,
+        epath.Path(args.target),
+        args.ram_budget_gib,
+        dtype,
+        make_card(base, stated, *texts),
+    )
+    print(f"{args.target}: step {weights.step}, {dtype}")
+
+
+def verify_command(args: argparse.Namespace) -> None:
+    """Reads all weights against the checksums of their import; --against compares logits too."""
+    weights = open_weights(epath.Path(args.source), args.step)
+    verify_checksums(weights, args.ram_budget_gib)
+    imported = weights.manifest.get("step") == weights.step
+    print(f"{weights.name}: {'every checksum agrees' if imported else 'readable and finite'}")
+    if args.against:
+        text = _read_text(args.text) or _TEXT
+        furthest = compare_logits(weights, args.against, text)
+        print(f"logits differ from those of {args.against} by at most {furthest:.1e}")
+        if furthest > args.tolerance:
+            raise UserError(f"{weights.name}: that is more than --tolerance={args.tolerance}")
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    """Describes a model folder, or a folder of safetensors, from its headers alone."""
+    folder = epath.Path(args.source)
+    if (folder / "model").is_dir():
+        weights = open_weights(folder, args.step)
+        shape, dtype, tensors = weights.shape, weights.arrays.dtype, list(weights.tensors.values())
+        print(
+            f"{weights.name}: checkpoint, imported from {weights.manifest.get('source', 'nowhere')}"
+        )
+    else:
+        source = open_source(find_source(args.source, args.revision))
+        shape, dtype, tensors = source.shape, source.dtype, list(source.tensors)
+        print(f"{source.directory}: safetensors")
+        for shard in source.shards:
+            print(f"  {shard.file}: {len(shard.entries)} tensors, {shard.size:,} bytes")
+    for name, value in vars(shape).items():
+        print(f"  {name}: {value}")
+    print(f"  {len(tensors)} tensors, {_count(tensors):,} parameters, {dtype}")
+
+
+def find_source(source: str, revision: str | None) -> epath.Path:
+    """A folder as it is; a hub id is fetched into the hub's cache, where a broken download resumes.
+
+    Raises:
+        UserError: neither a folder nor a hub id, or the download failed.
+    """
+    if epath.Path(source).is_dir() or not _HUB_ID.fullmatch(source):
+        return epath.Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError as error:
+        raise UserError(
+            f"--source={source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
+        ) from error
+    try:
+        files = [*KEPT_FILES, "*.safetensors"]
+        return epath.Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"--source={source}: no such folder, and the hub did not give it ({error}); the same "
+            "command resumes a broken download"
+        ) from error
+
+
+def compare_logits(weights: Weights, against: str, text: str) -> float:
+    """The largest difference of any logit on a text, both in float32.
+
+    Both models lie in memory whole. Needs torch and transformers.
+
+    Raises:
+        UserError: they are not installed, or there is no tokenizer.json to read the text with.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
+    from tokenizers import Tokenizer
+
+    tokenizer = weights.folder / "model" / "tokenizer.json"
+    if not tokenizer.exists():
+        raise UserError(f"{tokenizer}: no such file; without it the text cannot become tokens")
+    tokens = np.array([Tokenizer.from_file(str(tokenizer)).encode(text).ids])
+    network = Network(weights.shape, param_dtype=DTYPES[weights.arrays.dtype].name)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=1, tensor=1), jax.devices()[:1])
+    _, params = load_params(Path(weights.folder), abstract_weights(network, mesh), weights.step)
+    ours = _logits(network, params, tokens)
+    del params
+    model = transformers.AutoModelForCausalLM.from_pretrained(against, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    return float(np.max(np.abs(ours - theirs)))
+
+
+def _logits(network: Network, params: dict, tokens: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def run(params: dict) -> jax.Array:
+        tokens_BT, one_BT = jnp.asarray(tokens), jnp.ones_like(tokens)
+        positions_BT = jnp.arange(tokens.shape[1])[None]
+        hidden = forward(network, params, tokens_BT, one_BT, 0 * one_BT, positions_BT)
+        return hidden @ head_table(params).astype(hidden.dtype).T
+
+    return np.asarray(run(params))
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(math.prod(tensor.hf_shape) for tensor in tensors)
+
+
+def _read_text(path: str | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _parse_part(text: str) -> Part:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3/16")
+    return Part(int(index), int(count))
+
+
+def _parse_positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rpo_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify|inspect")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., object]:
+        command = commands.add_parser(
+            name, help=run.__doc__, description=run.__doc__, allow_abbrev=False
+        )
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    add_import = add("import", import_command)
+    add_export = add("export", export_command)
+    add_verify = add("verify", verify_command)
+    add_inspect = add("inspect", inspect_command)
+    for option in (add_import, add_inspect):
+        option("--source", required=True, help="a folder, gs://..., or a hub id")
+        option("--revision", help="of the hub id; by default the newest")
+    for option in (add_export, add_verify):
+        option("--source", required=True, help="a model folder: an import, or a run")
+    for option in (add_export, add_verify, add_inspect):
+        option("--step", type=int, help="which checkpoint; by default the newest")
+    for option in (add_import, add_export):
+        option("--target", required=True, help="folder to make")
+    for option in (add_import, add_export, add_verify):
+        option(
+            "--ram_budget_gib",
+            type=_parse_positive,
+            default=4.0,
+            help="anonymous memory to stay under, GiB (default 4)",
+        )
+    add_import(
+        "--part",
+        type=_parse_part,
+        default=Part(),
+        help="i/n: the share of host i of n that write to one target (default 1/1)",
+    )
+    add_export("--dtype", choices=sorted(_DTYPES), help="by default that of the checkpoint")
+    add_export("--base", help="hub id of the base model, or none; by default what was imported")
+    for name in ("method", "data", "results"):
+        add_export(f"--{name}", help=f"Markdown file for the card's section on {name}")
+    add_verify("--against", help="folder or hub id that transformers loads, to compare logits with")
+    add_verify("--text", help="UTF-8 file with the text to compare on")
+    add_verify(
+        "--tolerance", type=_parse_positive, default=1e-3, help="of any logit (default 1e-3)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and runs one of the commands."""
+    args = make_parser().parse_args(argv)
+    with exit_on_error():
+        args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Weights between Hugging Face safetensors and our checkpoints."""

@@ -1,0 +1,271 @@
+"""From a model folder to a Hugging Face checkpoint, or through all its bytes to check them.
+
+Work goes on in `<target>.partial`; a shard gets its name when it is whole, so that a repeated run
+goes on with the first shard that is not. In a bucket, shards are written in place and the index
+last.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+
+from rpo_jax.errors import UserError
+from rpo_jax.model.shape import ModelShape, parse_shape
+from rpo_jax.weights.flow import (
+    check_finite,
+    check_space,
+    count_workers,
+    run_in_order,
+    show_progress,
+    sync_folder,
+    write_whole,
+)
+from rpo_jax.weights.importing import MANIFEST
+from rpo_jax.weights.names import Tensor, list_tensors, to_hf
+from rpo_jax.weights.release import describe_release
+from rpo_jax.weights.shards import (
+    INDEX,
+    ITEM_BYTES,
+    SINGLE,
+    Shard,
+    make_index,
+    make_shard,
+    parse_header,
+    read_json,
+)
+from rpo_jax.weights.store import (
+    CHECKPOINTS,
+    DTYPES,
+    Arrays,
+    Piece,
+    cut_pieces,
+    is_remote,
+    open_arrays,
+)
+
+_SHARD_BYTES = 4 * 10**9
+_PLAN = "export.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One step of a model folder, open for reading."""
+
+    folder: epath.Path
+    step: int
+    shape: ModelShape
+    tensors: dict[str, Tensor]
+    arrays: Arrays
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Which weights these are, for messages."""
+        return f"{self.folder}/{CHECKPOINTS}/{self.step}"
+
+    def checksum(self, tensor: str) -> str | None:
+        """SHA-256 of a tensor as imported; None if these weights are not the imported ones."""
+        imported = self.manifest.get("step") == self.step
+        return self.manifest["tensors"][tensor]["sha256"] if imported else None
+
+
+def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
+    """Opens the newest step of a model folder, or a given one.
+
+    Raises:
+        UserError: no such step, unreadable, or not the model that model/config.json describes.
+    """
+    config = folder / "model" / "config.json"
+    shape = parse_shape(read_json(config), str(config))
+    root = folder / CHECKPOINTS
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
+    if not steps or step not in (None, *steps):
+        raise UserError(f"{root}: no step {'' if step is None else step}; there are {steps}")
+    chosen = steps[-1] if step is None else step
+    tensors = list_tensors(shape)
+    arrays = open_arrays(root / str(chosen), tensors, shape.num_hidden_layers)
+    manifest = folder / "model" / MANIFEST
+    return Weights(
+        folder,
+        chosen,
+        shape,
+        {tensor.name: tensor for tensor in tensors},
+        arrays,
+        read_json(manifest) if manifest.exists() else {},
+    )
+
+
+def export_weights(
+    weights: Weights, target: epath.Path, ram_budget_gib: float, dtype: str | None, card: bytes
+) -> None:
+    """Writes a checkpoint that transformers and vLLM load.
+
+    Without a change of dtype, an imported model comes out as it went in: the same shards with the
+    same headers, index, config and tokenizer.
+
+    Args:
+        weights: what to export.
+        target: a folder that does not exist yet.
+        ram_budget_gib: anonymous memory of this process, GiB.
+        dtype: "BF16" or "F32"; None keeps that of the checkpoint.
+        card: the model card, README.md.
+
+    Raises:
+        UserError: damaged or non-finite weights, no space, or a target that exists.
+    """
+    dtype = dtype or weights.arrays.dtype
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target}: is there already; choose another --target")
+    shards, index = plan_shards(weights, dtype)
+    folder = target if is_remote(target) else target.parent / f"{target.name}.partial"
+    _lay_out(weights, target, folder, shards, dtype)
+    todo = [shard for shard in shards if not (folder / shard.file).exists()]
+    total = sum(shard.size for shard in shards)
+    with show_progress("export", total, total - sum(shard.size for shard in todo)) as progress:
+        for shard in todo:
+            header = shard.header.encode()
+            draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
+            with draft.open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                for rows in _read(weights, shard, ram_budget_gib, dtype):
+                    file.write(rows)
+                    progress.update(len(rows))
+                _flush(file, folder)
+            if draft.name != shard.file:
+                draft.rename(folder / shard.file)
+    files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
+    if index is not None or shards[0].file == SINGLE:
+        files.pop(INDEX, None)
+    if index is not None:
+        files[INDEX] = index
+    for file, data in files.items():
+        write_whole(folder / file, data)
+    (folder / _PLAN).unlink()
+    if not is_remote(target):
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+        sync_folder(target.absolute().parent)
+
+
+def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
+    """Reads all weights; compares them with the manifest, if they are the imported ones.
+
+    Raises:
+        UserError: damaged or non-finite weights.
+    """
+    shards, _ = plan_shards(weights, weights.arrays.dtype)
+    with show_progress("verify", sum(shard.size for shard in shards)) as progress:
+        for shard in shards:
+            for rows in _read(weights, shard, ram_budget_gib, weights.arrays.dtype):
+                progress.update(len(rows))
+
+
+def plan_shards(weights: Weights, dtype: str) -> tuple[list[Shard], bytes | None]:
+    """The files of an export and their index; None if there is none, or the kept one holds."""
+    if weights.manifest:
+        where = f"{weights.folder}/model/{MANIFEST}"
+        shards = [
+            parse_header(shard["header"].encode(), where, shard["file"])
+            for shard in weights.manifest["shards"]
+        ]
+        if all(entry.dtype == dtype for shard in shards for entry in shard.entries):
+            return shards, None
+        files = {shard.file: [entry.name for entry in shard.entries] for shard in shards}
+    else:
+        files = _deal_out(weights, dtype)
+    shards = [
+        make_shard(file, [(name, weights.tensors[name].hf_shape) for name in names], dtype)
+        for file, names in files.items()
+    ]
+    return shards, None if list(files) == [SINGLE] else make_index(shards)
+
+
+def _deal_out(weights: Weights, dtype: str) -> dict[str, list[str]]:
+    """Tensors by file, in order, each file of at most `_SHARD_BYTES` or one tensor."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for tensor in weights.tensors.values():
+        more = math.prod(tensor.hf_shape) * ITEM_BYTES[dtype]
+        if groups[-1] and size + more > _SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor.name)
+        size += more
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {
+        f"model-{number:05}-of-{count:05}.safetensors": names
+        for number, names in enumerate(groups, 1)
+    }
+
+
+def _lay_out(
+    weights: Weights, target: epath.Path, folder: epath.Path, shards: list[Shard], dtype: str
+) -> None:
+    """Makes the folder, or checks that what is there is of this export."""
+    written = weights.folder / CHECKPOINTS / str(weights.step) / "_CHECKPOINT_METADATA"
+    plan = {
+        "weights": hashlib.sha256(weights.name.encode() + written.read_bytes()).hexdigest(),
+        "dtype": dtype,
+    }
+    if (folder / _PLAN).exists():
+        if read_json(folder / _PLAN) != plan:
+            raise UserError(f"{folder}: holds another unfinished export; delete it to begin anew")
+        return
+    check_space(target, sum(shard.size for shard in shards))
+    if folder.exists() and not is_remote(folder):
+        folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _PLAN, json.dumps(plan).encode())
+
+
+def _read(
+    weights: Weights, shard: Shard, ram_budget_gib: float, dtype: str
+) -> Iterator[memoryview]:
+    """The data of a shard in the order of the file, piece by piece; checks what it reads."""
+    stored = weights.arrays.dtype
+    widest = max(stored, dtype, key=ITEM_BYTES.__getitem__)
+    tensors = [weights.tensors[entry.name] for entry in shard.entries]
+    workers = count_workers(
+        ram_budget_gib, tensors, stored, widest, extra=weights.arrays.largest_chunk()
+    )
+    digest = hashlib.sha256()
+
+    def read(piece: Piece) -> np.ndarray:
+        rows = to_hf(weights.arrays.read(piece), piece.tensor)
+        check_finite(rows, f"{weights.name}: {piece.tensor.name}")
+        return np.ascontiguousarray(rows, DTYPES[dtype])
+
+    pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored)]
+    for piece, rows in zip(pieces, run_in_order(read, pieces, workers), strict=True):
+        raw = rows.view(np.uint8).reshape(-1).data
+        if dtype == stored:
+            digest.update(raw)
+            if piece.stop == piece.tensor.shape[piece.tensor.row_axis]:
+                _check_digest(weights, piece.tensor.name, digest.hexdigest())
+                digest = hashlib.sha256()
+        yield raw
+
+
+def _check_digest(weights: Weights, tensor: str, found: str) -> None:
+    wanted = weights.checksum(tensor)
+    if wanted not in (None, found):
+        raise UserError(
+            f"{weights.name}: {tensor}: SHA-256 {found}, the manifest of the import says {wanted}: "
+            "damaged on disk; import again"
+        )
+
+
+def _flush(file: BinaryIO, folder: epath.Path) -> None:
+    if not is_remote(folder):
+        file.flush()
+        os.fsync(file.fileno())

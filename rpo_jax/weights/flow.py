@@ -1,0 +1,128 @@
+"""Moving tensors piece by piece: memory under a budget, several at once, checked on the way."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from rpo_jax.errors import UserError
+from rpo_jax.weights.names import Tensor
+from rpo_jax.weights.shards import ITEM_BYTES
+from rpo_jax.weights.store import cut_pieces, is_remote
+
+# What Python with JAX and TensorStore holds before the first piece, measured with room to spare.
+_BASE_BYTES = 512 * 2**20
+# Copies of a piece that may be in memory at once: read, turned, and TensorStore's own.
+_COPIES = 5
+_CHECKED_AT_ONCE = 2**18  # values; fits a cache
+
+
+def count_workers(
+    budget_gib: float, tensors: Iterable[Tensor], dtype: str, widest: str = "", extra: int = 0
+) -> int:
+    """How many pieces may be under way at once.
+
+    Args:
+        budget_gib: GiB of anonymous memory for the whole process.
+        tensors: what is to be moved.
+        dtype: the dtype in which they lie in the checkpoint.
+        widest: the dtype they become on the way, if it is a wider one.
+        extra: bytes that reading one piece may need besides.
+
+    Raises:
+        UserError: the budget is too small for one.
+    """
+    kinds = {tensor.path: tensor for tensor in tensors}.values()
+    largest = max(piece.elements for tensor in kinds for piece in cut_pieces(tensor, dtype))
+    each = _COPIES * largest * ITEM_BYTES[widest or dtype] + extra
+    fit = int((budget_gib * 2**30 - _BASE_BYTES) // each)
+    if fit < 1:
+        need = (_BASE_BYTES + each) / 2**30
+        raise UserError(f"--ram_budget_gib={budget_gib} is too small: this model needs {need:.2f}")
+    return min(fit, 2 * (os.cpu_count() or 1), 16)
+
+
+def run_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Results of `work` in the order of `items`; at most `workers` are begun and not yet taken."""
+    with ThreadPoolExecutor(workers) as pool:
+        begun: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) == workers:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+
+
+def check_finite(values: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        UserError: says where.
+    """
+    # An all-ones exponent, compared as an integer: needs no copy in float32.
+    bits, mask, exponent = {
+        2: (np.uint16, 0x7FFF, 0x7F80),
+        4: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    }[values.dtype.itemsize]
+    flat = values.reshape(-1).view(bits)
+    for start in range(0, flat.size, _CHECKED_AT_ONCE):
+        largest = (flat[start : start + _CHECKED_AT_ONCE] & bits(mask)).max()
+        if largest >= exponent:
+            raise UserError(f"{where}: holds {'NaN' if largest > exponent else 'infinity'}")
+
+
+def check_space(target: epath.Path, wanted: int) -> None:
+    """Refuses to begin what cannot fit on the disk of `target`.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    if is_remote(target):
+        return
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if free < wanted:
+        raise UserError(
+            f"{target}: {wanted / 2**30:.2f} GiB are wanted, {free / 2**30:.2f} GiB are free "
+            "on that disk; free some or choose another --target"
+        )
+
+
+def show_progress(what: str, total: int, done: int = 0) -> tqdm:
+    """A bar in bytes, with rate and time left."""
+    return tqdm(
+        total=total, initial=done, desc=what, unit="B", unit_scale=True, mininterval=1.0, leave=True
+    )
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a small file so that it is there whole or not at all."""
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    draft = path.parent / f".{path.name}.{os.getpid()}"
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def sync_folder(folder: epath.Path) -> None:
+    """Makes renames in a local folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

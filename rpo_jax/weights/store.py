@@ -1,0 +1,225 @@
+"""Parameters on disk as Orbax lays them out, written and read by pieces through TensorStore.
+
+A single Orbax save wants whole arrays in memory. So Orbax writes a checkpoint of the right tree
+with placeholders for arrays, and TensorStore replaces each by an array of the real size, to be
+filled piece by piece. That leans on how Orbax names arrays on disk; the round-trip tests stand
+guard.
+
+A piece is what a range of consecutive rows of one HF tensor becomes: one file (a zarr3 shard) of at
+most `PIECE_BYTES`, made of chunks small enough that a host of a pod reads little more than its
+part.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from rpo_jax.errors import UserError
+from rpo_jax.weights.names import Tensor
+from rpo_jax.weights.shards import ITEM_BYTES
+
+CHECKPOINTS = "checkpoints"
+PIECE_BYTES = 64 * 2**20
+DTYPES: dict[str, np.dtype] = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
+
+_PARAMS = "params"
+# Most steps along each axis in one chunk. Meshes cut D finely (fsdp) and heads, F and V coarsely.
+_CHUNK = {"D": 128, "N": 16, "K": 16, "F": 4096, "V": 4096, "H": 2**31}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Steps `start` to `stop` of a tensor along its `row_axis`."""
+
+    tensor: Tensor
+    start: int
+    stop: int
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of those rows."""
+        return ((self.stop - self.start) * self.tensor.rows_each, *self.tensor.hf_shape[1:])
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.hf_shape)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The index into our array."""
+        where: list[Any] = [slice(None)] * len(self.tensor.shape)
+        where[self.tensor.row_axis] = slice(self.start, self.stop)
+        return (*([] if self.tensor.layer is None else [self.tensor.layer]), *where)
+
+
+def cut_pieces(tensor: Tensor, dtype: str) -> Iterator[Piece]:
+    """The pieces of a tensor, in the order of its rows."""
+    steps = tensor.shape[tensor.row_axis]
+    each = _piece_steps(tensor, dtype)
+    for start in range(0, steps, each):
+        yield Piece(tensor, start, min(start + each, steps))
+
+
+def _piece_steps(tensor: Tensor, dtype: str) -> int:
+    """Steps along the row axis in one piece: a multiple of those in one chunk, or all of them."""
+    steps = tensor.shape[tensor.row_axis]
+    if len(tensor.hf_shape) == 1:
+        return steps
+    row_bytes = tensor.rows_each * tensor.hf_shape[1] * ITEM_BYTES[dtype]
+    return _part(steps, PIECE_BYTES // row_bytes)
+
+
+def _part(size: int, most: int) -> int:
+    """A number of at most `most` that divides `size`, or `most` if only small ones do."""
+    most = max(1, min(size, most))
+    divisor = next(n for n in range(most, 0, -1) if size % n == 0)
+    return divisor if 4 * divisor > most else most
+
+
+def create(folder: epath.Path, tensors: Sequence[Tensor], layers: int, dtype: str) -> None:
+    """Makes step 0 of a model folder with arrays that are not yet filled."""
+    placeholders: dict[str, Any] = {}
+    for path in {tensor.path for tensor in tensors}:
+        *parents, last = path.split("/")
+        node = placeholders
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = np.zeros(1, DTYPES[dtype])
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_zarr3 = True
+    with context, ocp.training.Checkpointer((folder / CHECKPOINTS).absolute()) as checkpoints:
+        checkpoints.save_checkpointables(0, {_PARAMS: placeholders})
+    step = folder / CHECKPOINTS / "0"
+    for tensor in {tensor.path: tensor for tensor in tensors}.values():
+        spec = _spec(step, tensor.path, use_ocdbt=False, use_zarr3=True)
+        spec["metadata"] = _zarr_metadata(tensor, layers, dtype)
+        ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _zarr_metadata(tensor: Tensor, layers: int, dtype: str) -> dict[str, Any]:
+    chunk = [
+        _part(size, _CHUNK[axis]) for axis, size in zip(tensor.axes, tensor.shape, strict=True)
+    ]
+    row, steps = tensor.row_axis, _piece_steps(tensor, dtype)
+    chunk[row] = _part(steps, _CHUNK[tensor.axes[row]])
+    if steps % chunk[row]:
+        chunk[row] = steps
+    # A file is whole chunks, which on the other axes may reach beyond the array.
+    file = [-(-size // each) * each for size, each in zip(tensor.shape, chunk, strict=True)]
+    file[row] = steps
+    stacked = tensor.layer is not None
+    plain = {"name": "bytes", "configuration": {"endian": "little"}}
+    codec = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [1] * stacked + chunk,
+            "codecs": [plain],
+            "index_codecs": [plain, {"name": "crc32c"}],
+        },
+    }
+    return {
+        "shape": [layers] * stacked + list(tensor.shape),
+        "data_type": DTYPES[dtype].name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1] * stacked + file}},
+        "codecs": [codec],
+    }
+
+
+def _spec(step: epath.Path, path: str, use_ocdbt: bool, use_zarr3: bool) -> dict[str, Any]:
+    driver = "zarr3" if use_zarr3 else "zarr"
+    name = path.replace("/", ".")
+    if use_ocdbt:
+        base = _kvstore(step / _PARAMS)
+        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return {"driver": driver, "kvstore": _kvstore(step / _PARAMS / name)}
+
+
+def _kvstore(path: epath.Path) -> dict[str, str]:
+    if is_remote(path):
+        bucket, _, key = str(path).removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
+    return {"driver": "file", "path": f"{path.absolute()}/"}
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path lies in a bucket, where a folder cannot be renamed in one go."""
+    return str(path).startswith("gs://")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The open arrays of one checkpoint, by path."""
+
+    by_path: dict[str, Any]
+    dtype: str
+
+    def write(self, piece: Piece, values: np.ndarray) -> None:
+        """Writes a piece in our layout and waits until it is on disk."""
+        target = self.by_path[piece.tensor.path][piece.place]
+        try:
+            # Nobody changes `values` before the write ends, so TensorStore need not copy it.
+            target.write(values, can_reference_source_data_indefinitely=True).result()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{piece.tensor.path}: cannot be written: {error}") from error
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """A piece in our layout."""
+        try:
+            return self.by_path[piece.tensor.path][piece.place].read().result()
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{piece.tensor.path}: cannot be read, damaged on disk? {error}"
+            ) from error
+
+    def largest_chunk(self) -> int:
+        """Bytes that reading a single value may bring into memory."""
+        shapes = [array.chunk_layout.read_chunk.shape for array in self.by_path.values()]
+        return max(math.prod(shape) for shape in shapes) * ITEM_BYTES[self.dtype]
+
+
+def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arrays:
+    """Opens the weights of one step, `<folder>/checkpoints/<step>`, however Orbax stored them.
+
+    Raises:
+        UserError: not a checkpoint of these tensors, or of a dtype other than bf16 and float32.
+    """
+    marker = step / _PARAMS / "_METADATA"
+    if not marker.exists():
+        raise UserError(f"{step}: no weights there (no {marker})")
+    stored = json.loads(marker.read_text())
+    wanted = {tensor.path: tensor for tensor in tensors}
+    keys = {"/".join(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()}
+    if keys != wanted.keys():
+        raise UserError(f"{step}: has other arrays than the model: {sorted(keys ^ wanted.keys())}")
+
+    def begin_open(path: str) -> Any:
+        spec = _spec(step, path, stored["use_ocdbt"], stored["use_zarr3"])
+        return ts.open(spec, open=True)
+
+    try:
+        opening = {path: begin_open(path) for path in wanted}
+        arrays = {path: future.result() for path, future in opening.items()}
+    except ValueError as error:
+        raise UserError(f"{step}: cannot be read, damaged? {error}") from error
+    dtypes = {array.dtype.name for array in arrays.values()}
+    names = {np_dtype.name: name for name, np_dtype in DTYPES.items()}
+    if len(dtypes) > 1 or not dtypes <= names.keys():
+        raise UserError(f"{step}: weights are {sorted(dtypes)}; one of {sorted(names)} is wanted")
+    for path, array in arrays.items():
+        stacked = () if wanted[path].layer is None else (layers,)
+        if array.shape != (*stacked, *wanted[path].shape):
+            raise UserError(
+                f"{step}: {path} is {array.shape}, the shape in model/config.json wants "
+                f"{(*stacked, *wanted[path].shape)}"
+            )
+    return Arrays(arrays, names[dtypes.pop()])
