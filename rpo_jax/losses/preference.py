@@ -11,9 +11,10 @@ near -6000 nats neighbouring float32 numbers lie 5e-4 apart.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
-Scalar = Float[Array, ""] | float
+Scalar = Float[Array | np.ndarray, ""] | float
 
 
 def dpo(

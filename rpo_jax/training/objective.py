@@ -32,7 +32,7 @@ class Objective:
 
     sums: Callable[[Params, Batch, Hyper], Sums]
     counts: Callable[[Batch], Counts]
-    loss: Callable[[Mapping[str, Any], Hyper], Any]
+    loss: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 
 
 def divide(sums: Sums, counts: Counts) -> dict[str, Array]:
@@ -122,7 +122,7 @@ def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objec
             "nll_tokens": {name: jnp.sum(value_B) for name, value_B in per_token.items()},
         }
 
-    def loss(means: Mapping[str, Any], hyper: Hyper) -> Any:
+    def loss(means: Mapping[str, Any], hyper: Mapping[str, Any]) -> Any:
         return rpo(means["dpo"], means["nll"], hyper["alpha"])
 
     return Objective(sums, counts, loss)

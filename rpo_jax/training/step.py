@@ -76,7 +76,7 @@ def make_step(
             objective, config.train.micro_batches, state.params, hyper, batch
         )
         loss = objective.loss(means, hyper)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         fraction = learning_rate_fraction(config.optim, config.train.steps, state.step)
         rate = hyper["learning_rate"] * fraction
