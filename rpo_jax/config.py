@@ -143,10 +143,24 @@ class Data:
 class Rpo:
     """Reasoning Preference Optimization, arXiv:2404.19733v3 eq. 1 (defaults: its section 4)."""
 
-    beta: float = option(0.1, "inverse temperature of the DPO term", above=0.0)
-    alpha: float = option(1.0, "weight of the NLL term; 0 is DPO", at_least=0.0)
+    preference: str = option(
+        "dpo",
+        "term that prefers chosen to rejected: dpo, ipo, simpo, orpo, or none (the NLL term alone, "
+        "SFT); the last three have no reference",
+        choices=("dpo", "ipo", "simpo", "orpo", "none"),
+    )
+    length_normalised: bool = option(
+        False, "dpo, ipo: log-ratios are means over the tokens of a response and not sums"
+    )
+    beta: float = option(
+        0.1,
+        "inverse temperature of dpo and simpo, regularisation (tau) of ipo, weight of orpo",
+        above=0.0,
+    )
+    alpha: float = option(1.0, "weight of the NLL term; 0 is the preference alone", at_least=0.0)
+    gamma: float = option(0.5, "simpo: margin that is aimed at, in nats", at_least=0.0)
     label_smoothing: float = option(
-        0.0, "probability that a preference is the wrong way round (cDPO)", at_least=0.0, below=0.5
+        0.0, "dpo: probability that a preference is the wrong way round", at_least=0.0, below=0.5
     )
     nll_tokens: str = option(
         "completion",
@@ -162,6 +176,11 @@ class Rpo:
     share_prefix: bool = option(
         True, "one copy of the prompt serves both responses of a pair; never changes a number"
     )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with the model that the stage starts from."""
+        return self.preference in ("dpo", "ipo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +298,7 @@ def _defaults(cls: type) -> ConfigDict:
     return ConfigDict(values)
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
+def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
     """Turns what a config file returned into a `Config`.
 
     Raises:
@@ -300,7 +319,7 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     known = [field.name for field, _ in _fields(cls)]
     problems.extend(
         f"{prefix}{key} is not a field{suggestion(key, known)}"
@@ -392,6 +411,13 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"data.igakuqa: {sorted(both)} is both trained on and held out"
     if config.stage == "rpo" and not config.init_from:
         yield "init_from is empty: stage=rpo prefers against the model it starts from"
+    rpo = config.rpo
+    if rpo.length_normalised and not rpo.has_reference:
+        yield f"rpo.length_normalised=True: rpo.preference={rpo.preference!r} has no log-ratios"
+    if rpo.label_smoothing and rpo.preference != "dpo":
+        yield f"rpo.label_smoothing={rpo.label_smoothing}: only rpo.preference='dpo' knows it"
+    if rpo.preference == "none" and not rpo.alpha:
+        yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
     if not config.init_from and not config.model.shape:
         yield "model.shape is empty, and there is no init_from to take the shape from"
     if not config.name or "/" in config.name:

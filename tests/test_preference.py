@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.losses.preference import dpo, rpo, sequence_nll
+from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
 
 
 def test_policy_equal_to_reference_costs_ln_2():
@@ -22,7 +22,7 @@ def test_hand_worked_pair():
     nll = sequence_nll(jnp.array([-2.0]), jnp.array([4]))
     np.testing.assert_allclose(nll, 0.5)
     np.testing.assert_allclose(
-        rpo(loss, nll, alpha=0.5), math.log(1 + math.exp(-0.3)) + 0.25, rtol=1e-6
+        rpo(loss[0], nll[0], alpha=0.5), math.log(1 + math.exp(-0.3)) + 0.25, rtol=1e-6
     )
 
 
@@ -55,3 +55,27 @@ def test_label_smoothing_is_least_where_the_preference_is_that_sure():
 
 def test_empty_slot_costs_nothing():
     np.testing.assert_allclose(sequence_nll(jnp.zeros(1), jnp.zeros(1)), 0)
+
+
+def test_ipo_is_least_at_its_margin():
+    # tau 0.1 aims at a margin of 5 nats: (2 - 5)^2 and (-1 - 5)^2
+    np.testing.assert_allclose(ipo(jnp.array([5.0, 2.0, -1.0]), tau=0.1), [0, 9, 36], atol=1e-5)
+
+
+def test_simpo_by_hand():
+    # means -0.5 and -0.9 nats/token: z = 2 * 0.4 - 0.3
+    loss = simpo(jnp.array([-0.5]), jnp.array([-0.9]), beta=2.0, gamma=0.3)
+    np.testing.assert_allclose(loss, math.log(1 + math.exp(-0.5)), rtol=1e-6)
+
+
+def test_orpo_by_hand():
+    # p = 0.5 has odds 1, p = 0.2 has odds 1/4: sigmoid(log 4) = 4/5
+    loss = orpo(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.2])))
+    np.testing.assert_allclose(loss, -math.log(0.8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, -1e-9, -1e-3, -30.0, -3e3])
+def test_orpo_stays_finite(mean):
+    gradient = jax.value_and_grad(lambda chosen, rejected: orpo(chosen, rejected).sum(), (0, 1))
+    value, slopes = gradient(jnp.array([mean]), jnp.array([-1.0]))
+    assert np.isfinite(value) and np.isfinite(slopes).all()

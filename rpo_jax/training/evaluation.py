@@ -53,7 +53,7 @@ def make_evaluate(
         if not all(counts.values()):
             raise UserError(f"{records.directory}: nothing to predict, {dict(counts)}")
         means = {name: total / counts[divisor] for (divisor, name), total in sums.items()}
-        means["loss"] = float(work.objective.loss(means, jax.device_get(work.hyper)))
+        means["loss"] = float(work.objective.loss(means, work.hyper))
         if not np.isfinite(list(means.values())).all():
             raise UserError(f"{records.directory}: a held-out mean is not finite: {means}")
         return means
@@ -77,7 +77,7 @@ def find_references(
         step: where the run stands.
         params: the weights it has there.
     """
-    if work.config.stage != "rpo":
+    if work.config.stage != "rpo" or not work.config.rpo.has_reference:
         return [None for _ in record_sets]
     data = work.config.data
     abstract = with_shardings(params, jax.tree.map(lambda leaf: leaf.sharding, params))

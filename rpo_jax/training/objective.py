@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rpo_jax.config import Rpo as RpoConfig
 from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
-from rpo_jax.losses.preference import dpo, rpo, sequence_nll
+from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
 from rpo_jax.losses.token_logps import token_logps
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
 
@@ -77,8 +77,11 @@ def make_cpt_objective(network: Network, chunk: int) -> Objective:
 
 
 def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objective:
-    """RPO on pair rows; `batch["reference_logps"]` are the reference's, a token each, float32."""
-    by_tokens = config.nll_norm == "batch_tokens"
+    """RPO on pair rows, or one of its relatives: see `rpo_jax.losses.preference`.
+
+    Where the loss has a reference, `batch["reference_logps"]` are its log-probabilities, a token
+    each, float32; margins and log-ratios are then measured too.
+    """
     with_prompt = config.nll_tokens == "prompt+completion"
 
     def in_nll(batch: Batch) -> Array:
@@ -95,37 +98,65 @@ def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objec
 
     def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
         logps_BM = target_logps(network, params, batch, chunk)
-        ratio_BP = _sum_by_side(logps_BM - batch["reference_logps"] * batch["target_mask"], batch)
+        length_BP = jnp.maximum(_sum_by_side(batch["target_mask"], batch), 1)
         logp_BP = _sum_by_side(logps_BM, batch)
-        exists_B = _sum_by_side(batch["target_mask"], batch)[:, CHOSEN] > 0
-        margin_B = ratio_BP[:, CHOSEN] - ratio_BP[:, REJECTED]
-        nll_mask_BM = in_nll(batch)
-        nll_logp_B = jnp.sum(logps_BM * nll_mask_BM, axis=1)
-        nll_B = sequence_nll(nll_logp_B, jnp.sum(nll_mask_BM, axis=1))
         per_pair = {
-            "dpo": dpo(margin_B, hyper["beta"], hyper["label_smoothing"]),
-            "margin": margin_B,
-            "chosen_log_ratio": ratio_BP[:, CHOSEN],
-            "rejected_log_ratio": ratio_BP[:, REJECTED],
-            "reward_accuracy": (margin_B > 0) + 0.5 * (margin_B == 0),
             "preference_accuracy": logp_BP[:, CHOSEN] > logp_BP[:, REJECTED],
             "chosen_logp": logp_BP[:, CHOSEN],
             "rejected_logp": logp_BP[:, REJECTED],
         }
+        if config.has_reference:
+            reference_BM = batch["reference_logps"] * batch["target_mask"]
+            ratio_BP = _sum_by_side(logps_BM - reference_BM, batch)
+            margin_B = ratio_BP[:, CHOSEN] - ratio_BP[:, REJECTED]
+            per_pair |= {
+                "margin": margin_B,
+                "chosen_log_ratio": ratio_BP[:, CHOSEN],
+                "rejected_log_ratio": ratio_BP[:, REJECTED],
+                "reward_accuracy": (margin_B > 0) + 0.5 * (margin_B == 0),
+            }
+            compared_BP = ratio_BP / length_BP if config.length_normalised else ratio_BP
+        else:
+            compared_BP = logp_BP / length_BP
+        if config.preference != "none":
+            per_pair[config.preference] = _preference_term(config.preference, compared_BP, hyper)
+
+        nll_mask_BM = in_nll(batch)
+        nll_logp_B = jnp.sum(logps_BM * nll_mask_BM, axis=1)
         per_token = {}
-        if by_tokens:
+        if config.nll_norm == "batch_tokens":
             per_token["nll"] = -nll_logp_B
         else:
-            per_pair["nll"] = nll_B
+            per_pair["nll"] = sequence_nll(nll_logp_B, jnp.sum(nll_mask_BM, axis=1))
+        exists_B = _sum_by_side(batch["target_mask"], batch)[:, CHOSEN] > 0
         return {
             "pairs": {name: jnp.sum(value_B * exists_B) for name, value_B in per_pair.items()},
             "nll_tokens": {name: jnp.sum(value_B) for name, value_B in per_token.items()},
         }
 
     def loss(means: Mapping[str, Any], hyper: Mapping[str, Any]) -> Any:
-        return rpo(means["dpo"], means["nll"], hyper["alpha"])
+        return rpo(means.get(config.preference, 0.0), means["nll"], hyper["alpha"])
 
     return Objective(sums, counts, loss)
+
+
+def _preference_term(
+    name: str, compared_BP: Float[Array, "B P"], hyper: Hyper
+) -> Float[Array, "B"]:
+    """The preference loss of each pair from what it compares.
+
+    That is a log-ratio to the reference (dpo, ipo) or a mean log-probability a token (simpo, orpo).
+    """
+    chosen_B, rejected_B = compared_BP[:, CHOSEN], compared_BP[:, REJECTED]
+    beta = hyper["beta"]
+    if name == "dpo":
+        return dpo(chosen_B - rejected_B, beta, hyper["label_smoothing"])
+    if name == "ipo":
+        return ipo(chosen_B - rejected_B, beta)
+    if name == "simpo":
+        return simpo(chosen_B, rejected_B, beta, hyper["gamma"])
+    assert name == "orpo", name
+    return beta * orpo(chosen_B, rejected_B)
 
 
 def _sum_by_side(values_BM: Array, batch: Batch) -> Float[Array, "B P"]:
@@ -142,6 +173,7 @@ def make_hyper(rpo_config: RpoConfig, learning_rate: float) -> Hyper:
         {
             "alpha": rpo_config.alpha,
             "beta": rpo_config.beta,
+            "gamma": rpo_config.gamma,
             "label_smoothing": rpo_config.label_smoothing,
             "learning_rate": learning_rate,
         },

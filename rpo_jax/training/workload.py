@@ -87,7 +87,7 @@ def example_batch(work: Workload) -> Rows:
     text = np.ones(work.config.data.row_length, np.int32)
     row = work.make_row({**ids, "tokens": text, "segment_ids": text})
     row["record_index"] = np.int32(0)  # type: ignore[assignment]
-    if work.config.stage == "rpo":
+    if work.config.stage == "rpo" and work.config.rpo.has_reference:
         row["reference_logps"] = np.zeros(row["labels"].shape, np.float32)
     count = work.config.train.batch_rows
     return {name: np.stack([value] * count) for name, value in row.items()}
