@@ -53,7 +53,7 @@ def import_command(args: argparse.Namespace) -> None:
 def export_command(args: argparse.Namespace) -> None:
     """A model folder -> Hugging Face safetensors, with a model card."""
     weights = open_weights(epath.Path(args.source), args.step)
-    base = args.base or weights.manifest.get("source", "")
+    base = args.base or _origin(weights, "")
     if base != "none" and not _HUB_ID.fullmatch(base):
         raise UserError(
             f"--base={args.base!r}: the card must name the base model, whose licence applies: give "
@@ -76,14 +76,16 @@ def verify_command(args: argparse.Namespace) -> None:
     """Reads all weights against the checksums of their import; --against compares logits too."""
     weights = open_weights(epath.Path(args.source), args.step)
     verify_checksums(weights, args.ram_budget_gib)
-    imported = weights.manifest.get("step") == weights.step
-    print(f"{weights.name}: {'every checksum agrees' if imported else 'readable and finite'}")
+    found = "every checksum agrees" if weights.sums else "readable and finite"
+    print(f"{weights.folder_of_step}: {found}")
     if args.against:
         text = _read_text(args.text) or _TEXT
         furthest = compare_logits(weights, args.against, text)
         print(f"logits differ from those of {args.against} by at most {furthest:.1e}")
         if furthest > args.tolerance:
-            raise UserError(f"{weights.name}: that is more than --tolerance={args.tolerance}")
+            raise UserError(
+                f"{args.source}: that is more than --tolerance={args.tolerance}"
+            )
 
 
 def inspect_command(args: argparse.Namespace) -> None:
@@ -92,9 +94,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     if (folder / "model").is_dir():
         weights = open_weights(folder, args.step)
         shape, dtype, tensors = weights.shape, weights.arrays.dtype, list(weights.tensors.values())
-        print(
-            f"{weights.name}: checkpoint, imported from {weights.manifest.get('source', 'nowhere')}"
-        )
+        print(f"{weights.folder_of_step}: checkpoint of {_origin(weights, 'a run')}")
     else:
         source = open_source(find_source(args.source, args.revision))
         shape, dtype, tensors = source.shape, source.dtype, list(source.tensors)
@@ -178,6 +178,10 @@ def _logits(network: Network, params: dict, tokens: np.ndarray) -> np.ndarray:
 
 def _count(tensors: Iterable[Tensor]) -> int:
     return sum(math.prod(tensor.hf_shape) for tensor in tensors)
+
+
+def _origin(weights: Weights, otherwise: str) -> str:
+    return weights.manifest.source if weights.manifest else otherwise
 
 
 def _read_text(path: str | None) -> str:

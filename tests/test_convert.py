@@ -33,7 +33,7 @@ from rpo_jax.training.state import TrainState, abstract_weights
 from rpo_jax.weights import store
 from rpo_jax.weights.exporting import open_weights
 from rpo_jax.weights.flow import check_space, count_workers
-from rpo_jax.weights.names import from_hf, list_tensors, to_hf
+from rpo_jax.weights.names import from_hf, list_tensors
 from rpo_jax.weights.shards import read_shard
 from rpo_jax.weights.source import open_source
 from rpo_jax.weights.store import cut_pieces
@@ -118,7 +118,6 @@ def test_pieces_cover_every_row_once(shape: ModelShape, small_pieces: None) -> N
             place = piece.place[tensor.layer is not None :]
             assert (whole[place] == -1).all()
             whole[place] = from_hf(part, tensor)
-            assert (to_hf(whole[place], tensor) == part).all()
             start += piece.hf_shape[0]
         assert start == tensor.hf_shape[0]
         assert (whole == from_hf(rows, tensor)).all()
@@ -207,10 +206,10 @@ def test_export_of_a_run(tmp_path: Path, trained_in: str, small_pieces: None) ->
             leaf = params
             for key in tensor.path.split("/"):
                 leaf = leaf[key]
-            value = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-            want = np.asarray(jax.numpy.asarray(to_hf(value, tensor)).astype(dtype))
+            want = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+            want = np.asarray(jax.numpy.asarray(want).astype(dtype))
             assert held[tensor.name].dtype == want.dtype
-            assert (held[tensor.name] == want).all(), tensor.name
+            assert (from_hf(held[tensor.name], tensor) == want).all(), tensor.name
 
 
 def test_another_dtype_keeps_the_shards(tmp_path: Path) -> None:
@@ -376,8 +375,8 @@ def test_space_is_checked_before_starting(tmp_path: Path) -> None:
 
 def test_the_budget_decides_how_many_pieces_are_under_way() -> None:
     tensors = list_tensors(load_shape("qwen2.5-72b"))
-    assert count_workers(1.0, tensors, "BF16") == 1
-    assert 1 < count_workers(1.3, tensors, "BF16") < count_workers(64.0, tensors, "BF16")
+    assert count_workers(0.7, tensors, "BF16") == 1
+    assert 1 < count_workers(0.9, tensors, "BF16") < count_workers(64.0, tensors, "BF16")
     with pytest.raises(UserError, match="too small: this model needs 0"):
         count_workers(0.5, tensors, "BF16")
     with pytest.raises(UserError, match="needs 36"):

@@ -11,7 +11,8 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
@@ -27,17 +28,17 @@ from rpo_jax.weights.flow import (
     sync_folder,
     write_whole,
 )
-from rpo_jax.weights.importing import MANIFEST
-from rpo_jax.weights.names import Tensor, list_tensors, to_hf
+from rpo_jax.weights.manifest import Manifest, fingerprint_step, read_manifest
+from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.release import describe_release
 from rpo_jax.weights.shards import (
     INDEX,
     ITEM_BYTES,
     SINGLE,
     Shard,
+    is_remote,
     make_index,
     make_shard,
-    parse_header,
     read_json,
 )
 from rpo_jax.weights.store import (
@@ -46,7 +47,6 @@ from rpo_jax.weights.store import (
     Arrays,
     Piece,
     cut_pieces,
-    is_remote,
     open_arrays,
 )
 
@@ -63,17 +63,19 @@ class Weights:
     shape: ModelShape
     tensors: dict[str, Tensor]
     arrays: Arrays
-    manifest: dict[str, Any]
+    manifest: Manifest | None
 
     @property
-    def name(self) -> str:
-        """Which weights these are, for messages."""
-        return f"{self.folder}/{CHECKPOINTS}/{self.step}"
+    def folder_of_step(self) -> epath.Path:
+        """Where Orbax wrote them."""
+        return self.folder / CHECKPOINTS / str(self.step)
 
-    def checksum(self, tensor: str) -> str | None:
-        """SHA-256 of a tensor as imported; None if these weights are not the imported ones."""
-        imported = self.manifest.get("step") == self.step
-        return self.manifest["tensors"][tensor]["sha256"] if imported else None
+    @cached_property
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of each tensor as imported; empty if these are not the imported weights."""
+        step = self.folder_of_step
+        imported = self.manifest and self.manifest.checkpoint == fingerprint_step(step)
+        return self.manifest.sums if self.manifest and imported else {}
 
 
 def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
@@ -91,15 +93,8 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
     chosen = steps[-1] if step is None else step
     tensors = list_tensors(shape)
     arrays = open_arrays(root / str(chosen), tensors, shape.num_hidden_layers)
-    manifest = folder / "model" / MANIFEST
-    return Weights(
-        folder,
-        chosen,
-        shape,
-        {tensor.name: tensor for tensor in tensors},
-        arrays,
-        read_json(manifest) if manifest.exists() else {},
-    )
+    by_name = {tensor.name: tensor for tensor in tensors}
+    return Weights(folder, chosen, shape, by_name, arrays, read_manifest(folder, by_name))
 
 
 def export_weights(
@@ -171,11 +166,7 @@ def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
 def plan_shards(weights: Weights, dtype: str) -> tuple[list[Shard], bytes | None]:
     """The files of an export and their index; None if there is none, or the kept one holds."""
     if weights.manifest:
-        where = f"{weights.folder}/model/{MANIFEST}"
-        shards = [
-            parse_header(shard["header"].encode(), where, shard["file"])
-            for shard in weights.manifest["shards"]
-        ]
+        shards = list(weights.manifest.shards)
         if all(entry.dtype == dtype for shard in shards for entry in shard.entries):
             return shards, None
         files = {shard.file: [entry.name for entry in shard.entries] for shard in shards}
@@ -212,11 +203,7 @@ def _lay_out(
     weights: Weights, target: epath.Path, folder: epath.Path, shards: list[Shard], dtype: str
 ) -> None:
     """Makes the folder, or checks that what is there is of this export."""
-    written = weights.folder / CHECKPOINTS / str(weights.step) / "_CHECKPOINT_METADATA"
-    plan = {
-        "weights": hashlib.sha256(weights.name.encode() + written.read_bytes()).hexdigest(),
-        "dtype": dtype,
-    }
+    plan = {"weights": fingerprint_step(weights.folder_of_step), "dtype": dtype}
     if (folder / _PLAN).exists():
         if read_json(folder / _PLAN) != plan:
             raise UserError(f"{folder}: holds another unfinished export; delete it to begin anew")
@@ -241,8 +228,8 @@ def _read(
     digest = hashlib.sha256()
 
     def read(piece: Piece) -> np.ndarray:
-        rows = to_hf(weights.arrays.read(piece), piece.tensor)
-        check_finite(rows, f"{weights.name}: {piece.tensor.name}")
+        rows = weights.arrays.read(piece)
+        check_finite(rows, f"{weights.folder_of_step}: {piece.tensor.name}")
         return np.ascontiguousarray(rows, DTYPES[dtype])
 
     pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored)]
@@ -257,10 +244,10 @@ def _read(
 
 
 def _check_digest(weights: Weights, tensor: str, found: str) -> None:
-    wanted = weights.checksum(tensor)
-    if wanted not in (None, found):
+    wanted = weights.sums.get(tensor, found)
+    if wanted != found:
         raise UserError(
-            f"{weights.name}: {tensor}: SHA-256 {found}, the manifest of the import says {wanted}: "
+            f"{weights.folder_of_step}: {tensor}: SHA-256 {found}, it was {wanted} when imported: "
             "damaged on disk; import again"
         )
 

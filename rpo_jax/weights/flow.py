@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from rpo_jax.errors import UserError
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES
-from rpo_jax.weights.store import cut_pieces, is_remote
+from rpo_jax.weights.shards import ITEM_BYTES, is_remote
+from rpo_jax.weights.store import cut_pieces
 
 # What Python with JAX and TensorStore holds before the first piece, measured with room to spare.
 _BASE_BYTES = 512 * 2**20
-# Copies of a piece that may be in memory at once: read, turned, and TensorStore's own.
+# Copies of a piece that may be in memory at once: read, cast, and TensorStore's own.
 _COPIES = 5
 _CHECKED_AT_ONCE = 2**18  # values; fits a cache
 
@@ -44,7 +44,7 @@ def count_workers(
     if fit < 1:
         need = (_BASE_BYTES + each) / 2**30
         raise UserError(f"--ram_budget_gib={budget_gib} is too small: this model needs {need:.2f}")
-    return min(fit, 2 * (os.cpu_count() or 1), 16)
+    return min(fit, 1 + (os.cpu_count() or 1), 16)
 
 
 def run_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:

@@ -10,6 +10,7 @@ Several hosts share the work by `Part`: each takes its own tensors and reads onl
 time.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import numpy as np
 from etils import epath
 
 from rpo_jax.errors import UserError
@@ -30,8 +30,15 @@ from rpo_jax.weights.flow import (
     sync_folder,
     write_whole,
 )
-from rpo_jax.weights.names import Tensor, from_hf
-from rpo_jax.weights.shards import Entry
+from rpo_jax.weights.manifest import (
+    MANIFEST,
+    Manifest,
+    dump_manifest,
+    fingerprint_step,
+    read_manifest,
+)
+from rpo_jax.weights.names import Tensor
+from rpo_jax.weights.shards import ITEM_BYTES, Entry, is_remote, open_data
 from rpo_jax.weights.source import KEPT_FILES, Source
 from rpo_jax.weights.store import (
     CHECKPOINTS,
@@ -39,11 +46,9 @@ from rpo_jax.weights.store import (
     Arrays,
     create,
     cut_pieces,
-    is_remote,
     open_arrays,
 )
 
-MANIFEST = "manifest.json"
 _PLAN = "import.json"
 _RECORDS = "finished"
 _MARKER = "commit_success.txt"  # what Orbax looks for in a bucket
@@ -100,10 +105,10 @@ def import_weights(
 
 
 def _is_done(source: Source, target: epath.Path) -> bool:
-    manifest = target / "model" / MANIFEST
-    if not manifest.exists():
+    manifest = read_manifest(target)
+    if manifest is None:
         return False
-    if json.loads(manifest.read_text())["digest"] != source.digest:
+    if manifest.digest != source.digest:
         raise UserError(f"{target}: holds another model already; choose another --target")
     return True
 
@@ -192,23 +197,17 @@ def _copy(
 ) -> str:
     """Copies one tensor; SHA-256 of its bytes in the file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(entry.start)
+    with contextlib.closing(open_data(path)) as data:
+        start = entry.start
         for piece in cut_pieces(tensor, entry.dtype):
-            rows = np.empty(piece.hf_shape, DTYPES[entry.dtype])
-            raw = rows.view(np.uint8).reshape(-1).data
-            filled = 0
-            while filled < len(raw):
-                count = file.readinto(raw[filled:])
-                if not count:
-                    raise UserError(
-                        f"{path}: ends inside {tensor.name}; it was changed while reading"
-                    )
-                filled += count
-            digest.update(raw)
+            stop = start + piece.elements * ITEM_BYTES[entry.dtype]
+            raw = data.read(start, stop)
+            digest.update(raw.data)
+            rows = raw.view(DTYPES[entry.dtype]).reshape(piece.hf_shape)
             check_finite(rows, f"{path}: {tensor.name}")
-            arrays.write(piece, from_hf(rows, tensor))
-            advance(len(raw))
+            arrays.write(piece, rows)
+            advance(stop - start)
+            start = stop
     return digest.hexdigest()
 
 
@@ -217,23 +216,13 @@ def _finish(source: Source, target: epath.Path, folder: epath.Path, name: str) -
     records = folder / _RECORDS
     if {path.name for path in records.iterdir()} < {f"{t.name}.json" for t in source.tensors}:
         return False
-    sums = {t.name: json.loads((records / f"{t.name}.json").read_text()) for t in source.tensors}
-    manifest = {
-        "source": name,
-        "digest": source.digest,
-        "step": 0,
-        "shards": [{"file": shard.file, "header": shard.header} for shard in source.shards],
-        "tensors": {
-            tensor: {
-                "file": file,
-                "dtype": entry.dtype,
-                "shape": entry.shape,
-                "sha256": sums[tensor]["sha256"],
-            }
-            for tensor, (file, entry) in source.entries.items()
-        },
+    sums = {
+        tensor.name: json.loads((records / f"{tensor.name}.json").read_text())["sha256"]
+        for tensor in source.tensors
     }
-    write_whole(folder / "model" / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    checkpoint = fingerprint_step(_step(folder))
+    manifest = Manifest(name, source.digest, checkpoint, source.shards, sums)
+    write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
     if is_remote(target):
         (_step(folder) / _MARKER).write_text("complete\n")
         records.rmtree()

@@ -2,9 +2,11 @@
 
 import json
 import math
+import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from etils import epath
 
 from rpo_jax.errors import UserError
@@ -53,6 +55,8 @@ def read_shard(path: epath.Path) -> Shard:
     Raises:
         UserError: not a safetensors file, cut short, or offsets that overlap or leave holes.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, a safetensors file is wanted")
     size = path.stat().length
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -118,6 +122,17 @@ def _parse_entry(where: str, name: str, value: Any, base: int) -> Entry:
     return Entry(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
+def check_plain_name(file: Any, where: str) -> None:
+    """Refuses names that could lead out of a folder, before a path is made of them.
+
+    Raises:
+        UserError: says where.
+    """
+    plain = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
+    if not plain or "/" in file or "\\" in file:
+        raise UserError(f"{where}: {file!r:.80} is not the plain name of a shard")
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
@@ -142,10 +157,7 @@ def read_index(directory: epath.Path) -> dict[str, set[str]]:
         raise UserError(f"{where}: has no weight_map")
     files: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
-        # Checked before anything touches a path made of it.
-        plain = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
-        if not plain or "/" in file or "\\" in file:
-            raise UserError(f"{where}: {tensor}: {file!r:.80} is not the plain name of a shard")
+        check_plain_name(file, f"{where}: {tensor}")
         files.setdefault(file, set()).add(tensor)
     for file in sorted(files.keys() | present):
         if file not in present:
@@ -153,6 +165,48 @@ def read_index(directory: epath.Path) -> dict[str, set[str]]:
         if file not in files:
             raise UserError(f"{directory / file}: is there, but {INDEX} does not name it")
     return files
+
+
+@dataclass(frozen=True)
+class Data:
+    """The bytes of a file. A local one is mapped: a copy less, and no anonymous memory."""
+
+    path: epath.Path
+    file: BinaryIO
+    mapped: mmap.mmap | None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop`.
+
+        Raises:
+            UserError: the file is not that long any more.
+        """
+        if self.mapped is not None:
+            return np.frombuffer(self.mapped, np.uint8, stop - start, start)
+        self.file.seek(start)
+        raw = np.frombuffer(self.file.read(stop - start), np.uint8)
+        if raw.size < stop - start:
+            raise UserError(f"{self.path}: ends before byte {stop}; was it changed meanwhile?")
+        return raw
+
+    def close(self) -> None:
+        """Closes the file; a mapping goes with the last array over it."""
+        self.file.close()
+
+
+def open_data(path: epath.Path) -> Data:
+    """Opens a file for `Data.read`."""
+    file = path.open("rb")
+    if is_remote(path):
+        return Data(path, file, None)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+    return Data(path, file, mapped)
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path lies in a bucket, where a folder cannot be renamed in one go."""
+    return str(path).startswith("gs://")
 
 
 def _parse_json(raw: bytes, where: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ most `PIECE_BYTES`, made of chunks small enough that a host of a pod reads littl
 part.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,16 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from rpo_jax.errors import UserError
-from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES
+from rpo_jax.weights.names import Tensor, from_hf
+from rpo_jax.weights.shards import ITEM_BYTES, is_remote, read_json
 
 CHECKPOINTS = "checkpoints"
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = 32 * 2**20
 DTYPES: dict[str, np.dtype] = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 
 _PARAMS = "params"
 # Most steps along each axis in one chunk. Meshes cut D finely (fsdp) and heads, F and V coarsely.
-_CHUNK = {"D": 128, "N": 16, "K": 16, "F": 4096, "V": 4096, "H": 2**31}
+_CHUNK = {"D": 256, "N": 16, "K": 16, "F": 4096, "V": 4096, "H": 2**31}
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,15 @@ def _zarr_metadata(tensor: Tensor, layers: int, dtype: str) -> dict[str, Any]:
     file = [-(-size // each) * each for size, each in zip(tensor.shape, chunk, strict=True)]
     file[row] = steps
     stacked = tensor.layer is not None
+    # The bytes of a chunk lie in HF's order, so that a conversion copies and need not transpose.
+    order = [0, *(axis + 1 for axis in tensor.order)] if stacked else list(tensor.order)
+    turn = {"name": "transpose", "configuration": {"order": order}}
     plain = {"name": "bytes", "configuration": {"endian": "little"}}
     codec = {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": [1] * stacked + chunk,
-            "codecs": [plain],
+            "codecs": [turn, plain],
             "index_codecs": [plain, {"name": "crc32c"}],
         },
     }
@@ -151,11 +153,6 @@ def _kvstore(path: epath.Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{path.absolute()}/"}
 
 
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path lies in a bucket, where a folder cannot be renamed in one go."""
-    return str(path).startswith("gs://")
-
-
 @dataclass(frozen=True)
 class Arrays:
     """The open arrays of one checkpoint, by path."""
@@ -163,23 +160,26 @@ class Arrays:
     by_path: dict[str, Any]
     dtype: str
 
-    def write(self, piece: Piece, values: np.ndarray) -> None:
-        """Writes a piece in our layout and waits until it is on disk."""
-        target = self.by_path[piece.tensor.path][piece.place]
+    def write(self, piece: Piece, rows: np.ndarray) -> None:
+        """Writes the HF rows of a piece and waits until they are on disk."""
         try:
-            # Nobody changes `values` before the write ends, so TensorStore need not copy it.
-            target.write(values, can_reference_source_data_indefinitely=True).result()
+            # Nobody changes `rows` before the write ends, so TensorStore need not copy them.
+            source = from_hf(rows, piece.tensor)
+            target = self.by_path[piece.tensor.path][piece.place]
+            target.write(source, can_reference_source_data_indefinitely=True).result()
         except (ValueError, OSError) as error:
             raise UserError(f"{piece.tensor.path}: cannot be written: {error}") from error
 
     def read(self, piece: Piece) -> np.ndarray:
-        """A piece in our layout."""
+        """The HF rows of a piece."""
+        tensor = piece.tensor
+        source = self.by_path[tensor.path][piece.place]
         try:
-            return self.by_path[piece.tensor.path][piece.place].read().result()
+            # Turned before it is read, so that TensorStore need not turn it in memory.
+            values = source[ts.d[tensor.order].transpose[:]].read().result()
         except (ValueError, OSError) as error:
-            raise UserError(
-                f"{piece.tensor.path}: cannot be read, damaged on disk? {error}"
-            ) from error
+            raise UserError(f"{tensor.path}: cannot be read, damaged on disk? {error}") from error
+        return values.reshape(piece.hf_shape)
 
     def largest_chunk(self) -> int:
         """Bytes that reading a single value may bring into memory."""
@@ -196,14 +196,19 @@ def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arr
     marker = step / _PARAMS / "_METADATA"
     if not marker.exists():
         raise UserError(f"{step}: no weights there (no {marker})")
-    stored = json.loads(marker.read_text())
+    stored = read_json(marker)
     wanted = {tensor.path: tensor for tensor in tensors}
-    keys = {"/".join(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()}
+    try:
+        nodes = stored["tree_metadata"].values()
+        keys = {"/".join(key["key"] for key in node["key_metadata"]) for node in nodes}
+        ocdbt, zarr3 = stored["use_ocdbt"], stored["use_zarr3"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{marker}: damaged ({type(error).__name__}: {error})") from error
     if keys != wanted.keys():
         raise UserError(f"{step}: has other arrays than the model: {sorted(keys ^ wanted.keys())}")
 
     def begin_open(path: str) -> Any:
-        spec = _spec(step, path, stored["use_ocdbt"], stored["use_zarr3"])
+        spec = _spec(step, path, ocdbt, zarr3)
         return ts.open(spec, open=True)
 
     try:
