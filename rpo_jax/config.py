@@ -176,6 +176,11 @@ class Rpo:
     share_prefix: bool = option(
         True, "one copy of the prompt serves both responses of a pair; never changes a number"
     )
+    term_gradients_every_steps: int = option(
+        0,
+        "measure the gradient norm of each term and the cosine between them; 0: never",
+        at_least=0,
+    )
 
     @property
     def has_reference(self) -> bool:

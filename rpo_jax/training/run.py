@@ -33,6 +33,7 @@ _FREE = (
     "train.eval_every_steps",
     "train.eval_rows",
     "data.max_dropped_share",
+    "rpo.term_gradients_every_steps",
 )
 
 
