@@ -72,6 +72,12 @@ class Model:
         choices=("none", "dots", "full"),
     )
     scan_layers: bool = option(True, "lower one layer and scan it, or unroll all of them")
+    used_vocab_size: int = option(
+        0,
+        "ids from here on are padding of the tables, no tokens, and have probability 0; 0: every "
+        "row counts, as in transformers",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,11 @@ class Train:
         1, "parts the global batch is cut into, one after the other", at_least=1
     )
     loss_chunk: int = option(256, "positions of each row whose logits exist at a time", at_least=1)
+    keep_logits: bool = option(
+        False,
+        "keep the logits of all chunks for the backward pass, 4 bytes a position and vocabulary "
+        "row, or compute them again",
+    )
     log_every_steps: int = option(10, "metrics", at_least=1)
     eval_every_steps: int = option(
         0, "held-out measures during the run; 0: before and after only", at_least=0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.losses.token_logps import token_logps
+from rpo_jax.losses.token_logps import Projection, token_logps
 
 B, M, D, V = 2, 7, 8, 37
 
@@ -30,20 +30,22 @@ def _oracle(hidden, head, labels):
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_values_are_those_of_float64(chunk, scale):
     hidden, head, labels = _inputs(scale=scale)
-    found = jax.jit(token_logps, static_argnums=3)(hidden, head, labels, chunk)
+    found = jax.jit(token_logps, static_argnums=3)(hidden, head, labels, Projection(chunk))
     wanted, _ = _oracle(hidden, head, labels)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5 if scale > 1 else 1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_gradients_are_those_of_float64(chunk):
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_gradients_are_those_of_float64(chunk, keep_logits):
+    how = Projection(chunk, keep_logits)
     hidden, head, labels = _inputs()
     weight = np.random.default_rng(1).normal(size=(B, M)).astype(np.float32)
     weight[0, 2] = 0.0  # a masked token
 
     def total(hidden, head):
-        return jnp.sum(weight * token_logps(hidden, head, jnp.asarray(labels), chunk))
+        return jnp.sum(weight * token_logps(hidden, head, jnp.asarray(labels), how))
 
     hidden_grad, head_grad = jax.jit(jax.grad(total, (0, 1)))(hidden, head)
     _, probs = _oracle(hidden, head, labels)
@@ -54,28 +56,72 @@ def test_gradients_are_those_of_float64(chunk):
     assert not np.asarray(hidden_grad)[0, 2].any()
 
 
-def test_no_array_of_all_logits_exists():
-    rows, length, width, vocab, chunk = 1, 64, 4, 1000, 8
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_a_frozen_head_gives_the_same_gradient_of_the_states(keep_logits):
+    hidden, head, labels = map(jnp.asarray, _inputs())
+    weight = np.random.default_rng(1).normal(size=(B, M)).astype(np.float32)
 
-    def total(hidden, head, labels):
-        return token_logps(hidden, head, labels, chunk).sum()
+    def total(hidden, head):
+        return jnp.sum(weight * token_logps(hidden, head, labels, Projection(3, keep_logits)))
 
-    text = (
-        jax.jit(jax.grad(total, (0, 1)))
-        .lower(
-            jax.ShapeDtypeStruct((rows, length, width), jnp.float32),
-            jax.ShapeDtypeStruct((vocab, width), jnp.float32),
-            jax.ShapeDtypeStruct((rows, length), jnp.int32),
-        )
-        .compile()
-    )
-    memory = text.memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * 4 * rows * chunk * vocab
+    both, _ = jax.jit(jax.grad(total, (0, 1)))(hidden, head)
+    alone = jax.jit(jax.grad(total))(hidden, head)
+    np.testing.assert_allclose(alone, both, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_no_tokens_have_no_probability():
+    hidden, head, labels = map(jnp.asarray, _inputs())
+    used = 30
+    labels = labels % used
+    how = Projection(3, used_vocab=used)
+    found = jax.jit(token_logps, static_argnums=3)(hidden, head, labels, how)
+    wanted, _ = _oracle(*map(np.asarray, (hidden, head[:used], labels)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda head: token_logps(hidden, head, labels, how).sum()))(head)
+    assert np.isfinite(gradient).all()
+    assert np.asarray(gradient)[:used].any(-1).all() and not np.asarray(gradient)[used:].any()
+
+
+VOCAB = 152064  # Qwen2.5 from 7B up
+
+
+def _temporary_bytes(logps, trains_head, length=512, width=64):
+    """Memory of a compiled gradient of one row beyond its arguments and results."""
+    rows = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    head = jax.ShapeDtypeStruct((VOCAB, width), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    gradient = jax.grad(lambda *args: logps(*args).sum(), (0, 1) if trains_head else 0)
+    compiled = jax.jit(gradient).lower(rows, head, labels).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _naive(hidden, head, labels):
+    logps = jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, head))
+    return jnp.take_along_axis(logps, labels[..., None], axis=-1)
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length():
+    chunk, length, logit_row = 32, 512, 4 * VOCAB
+
+    def chunked(*args):
+        return token_logps(*args, Projection(chunk))
+
+    def kept(*args):
+        return token_logps(*args, Projection(chunk, keep_logits=True))
+
+    assert _temporary_bytes(_naive, True) >= length * logit_row
+    assert _temporary_bytes(kept, True) >= length * logit_row
+    head_grad = 64 * logit_row
+    assert _temporary_bytes(chunked, True) < 3 * chunk * logit_row + head_grad
+    assert _temporary_bytes(chunked, False) < 3 * chunk * logit_row
+    assert _temporary_bytes(kept, False) < 3 * chunk * logit_row
 
 
 def test_bfloat16_states_keep_float32_log_probs():
     hidden, head, labels = _inputs()
-    found = jax.jit(token_logps, static_argnums=3)(jnp.bfloat16(hidden), head, labels, 3)
+    found = jax.jit(token_logps, static_argnums=3)(
+        jnp.bfloat16(hidden), head, labels, Projection(3)
+    )
     rounded = (
         np.asarray(jnp.bfloat16(hidden), np.float32),
         np.asarray(jnp.bfloat16(head), np.float32),

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.config import Config
 from rpo_jax.config import Rpo as RpoConfig
 from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
-from rpo_jax.losses.token_logps import token_logps
+from rpo_jax.losses.token_logps import Projection, token_logps
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
 
 Batch = dict[str, Array]
@@ -44,7 +45,16 @@ def divide(sums: Sums, counts: Counts) -> dict[str, Array]:
     }
 
 
-def target_logps(network: Network, params: Params, batch: Batch, chunk: int) -> Float[Array, "B M"]:
+def make_projection(config: Config) -> Projection:
+    """How the config wants hidden states to meet the vocabulary."""
+    return Projection(
+        config.train.loss_chunk, config.train.keep_logits, config.model.used_vocab_size
+    )
+
+
+def target_logps(
+    network: Network, params: Params, batch: Batch, how: Projection
+) -> Float[Array, "B M"]:
     """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0.
 
     Rows are as `data.rows` makes them. Where `target_index` is present only those positions are
@@ -60,15 +70,15 @@ def target_logps(network: Network, params: Params, batch: Batch, chunk: int) -> 
     )
     if "target_index" in batch:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)
-    logps_BM = token_logps(hidden_BTD, head_table(params), batch["labels"], chunk)
+    logps_BM = token_logps(hidden_BTD, head_table(params), batch["labels"], how)
     return jnp.where(batch["target_mask"] > 0, logps_BM, 0.0)
 
 
-def make_cpt_objective(network: Network, chunk: int) -> Objective:
+def make_cpt_objective(network: Network, how: Projection) -> Objective:
     """Continued pretraining: nats/token, a mean over all predicted tokens of the global batch."""
 
     def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
-        return {"tokens": {"nll": -jnp.sum(target_logps(network, params, batch, chunk))}}
+        return {"tokens": {"nll": -jnp.sum(target_logps(network, params, batch, how))}}
 
     def counts(batch: Batch) -> Counts:
         return {"tokens": jnp.sum(batch["target_mask"], dtype=jnp.float32)}
@@ -76,7 +86,7 @@ def make_cpt_objective(network: Network, chunk: int) -> Objective:
     return Objective(sums, counts, lambda means, hyper: means["nll"])
 
 
-def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objective:
+def make_rpo_objective(network: Network, config: RpoConfig, how: Projection) -> Objective:
     """RPO on pair rows, or one of its relatives: see `rpo_jax.losses.preference`.
 
     Where the loss has a reference, `batch["reference_logps"]` are its log-probabilities, a token
@@ -97,7 +107,7 @@ def make_rpo_objective(network: Network, config: RpoConfig, chunk: int) -> Objec
         }
 
     def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
-        logps_BM = target_logps(network, params, batch, chunk)
+        logps_BM = target_logps(network, params, batch, how)
         length_BP = jnp.maximum(_sum_by_side(batch["target_mask"], batch), 1)
         logp_BP = _sum_by_side(logps_BM, batch)
         per_pair = {

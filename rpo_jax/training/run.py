@@ -29,6 +29,7 @@ _FREE = (
     "model.scan_layers",
     "train.micro_batches",
     "train.loss_chunk",
+    "train.keep_logits",
     "train.log_every_steps",
     "train.eval_every_steps",
     "train.eval_rows",

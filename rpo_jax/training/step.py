@@ -15,6 +15,7 @@ from rpo_jax.training.objective import (
     Objective,
     Sums,
     divide,
+    make_projection,
     target_logps,
 )
 from rpo_jax.training.optim import learning_rate_fraction
@@ -120,7 +121,7 @@ def make_score(work: Workload, abstract: Params) -> jax.stages.Wrapped:
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         lambda params, batch: target_logps(
-            work.network, params, batch, work.config.train.loss_chunk
+            work.network, params, batch, make_projection(work.config)
         ),
         in_shardings=(places, batch_sharding(work.mesh)),
         out_shardings=replicated(work.mesh),

@@ -20,6 +20,7 @@ from rpo_jax.training.objective import (
     Objective,
     make_cpt_objective,
     make_hyper,
+    make_projection,
     make_rpo_objective,
 )
 from rpo_jax.training.reference import Reference, join_reference
@@ -48,8 +49,12 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
     """Builds the stage of a config.
 
     Raises:
-        UserError: the rows of a micro-batch do not divide over the mesh.
+        UserError: the rows of a micro-batch do not divide over the mesh, or more ids are said to
+            be used than there are.
     """
+    used, rows = config.model.used_vocab_size, network.shape.vocab_size
+    if used > rows:
+        raise UserError(f"model.used_vocab_size={used}: the model has only {rows} rows")
     train = config.train
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if (train.batch_rows // train.micro_batches) % shards:
@@ -59,10 +64,10 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
             f"data*fsdp={shards} does not divide"
         )
     if config.stage == "cpt":
-        objective = make_cpt_objective(network, train.loss_chunk)
+        objective = make_cpt_objective(network, make_projection(config))
         make_row: Callable[[Mapping[str, Any]], Rows] = text_row
     else:
-        objective = make_rpo_objective(network, config.rpo, train.loss_chunk)
+        objective = make_rpo_objective(network, config.rpo, make_projection(config))
         make_row = partial(_make_pair_row, config)
     hyper = make_hyper(config.rpo, config.optim.learning_rate)
     return Workload(config, network, mesh, objective, hyper, make_row)

@@ -50,6 +50,7 @@ SETTINGS = {
     "micro_batches": (1, 2, 4),
     "share_prefix": (True, False),
     "loss_chunk": (100, 5, 1),
+    "keep_logits": (False, True),
     "remat": ("none", "dots", "full"),
     "scan_layers": (True, False),
 }
@@ -109,7 +110,7 @@ def run(case):
     config = make_config(
         case["stage"][:3],
         mesh=dataclasses.asdict(mesh),
-        train={"micro_batches": case["micro_batches"], "loss_chunk": case["loss_chunk"]},
+        train={name: case[name] for name in ("micro_batches", "loss_chunk", "keep_logits")},
         rpo={"share_prefix": case["share_prefix"]}
         | (variant if "prompts" in case["stage"] else {}),
     )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from rpo_jax.losses.token_logps import Projection
 from rpo_jax.model.qwen2 import abstract_params
 from rpo_jax.model.shape import shape_to_hf
 from rpo_jax.training.objective import target_logps
@@ -166,7 +167,7 @@ def our_result(**rpo):
     batch = pair_batch(records(), prompt_targets=prompted, reference=False)
     work = make_work(config, SMALL)
     if config.rpo.has_reference:
-        score = jax.jit(lambda params, batch: target_logps(SMALL, params, batch, 5))
+        score = jax.jit(lambda params, batch: target_logps(SMALL, params, batch, Projection(5)))
         batch["reference_logps"] = np.asarray(score(weights(1), batch))
     compute = jax.jit(partial(compute_gradients, work.objective, 1))
     gradients, means = compute(weights(0), work.hyper, batch)
