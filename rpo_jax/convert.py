@@ -83,9 +83,7 @@ def verify_command(args: argparse.Namespace) -> None:
         furthest = compare_logits(weights, args.against, text)
         print(f"logits differ from those of {args.against} by at most {furthest:.1e}")
         if furthest > args.tolerance:
-            raise UserError(
-                f"{args.source}: that is more than --tolerance={args.tolerance}"
-            )
+            raise UserError(f"{args.source}: that is more than --tolerance={args.tolerance}")
 
 
 def inspect_command(args: argparse.Namespace) -> None:
@@ -107,7 +105,7 @@ def inspect_command(args: argparse.Namespace) -> None:
 
 
 def find_source(source: str, revision: str | None) -> epath.Path:
-    """A folder as it is; a hub id is fetched into the hub's cache, where a broken download resumes.
+    """A folder as it is; a hub id is fetched into the hub's cache, which keeps what has arrived.
 
     Raises:
         UserError: neither a folder nor a hub id, or the download failed.
@@ -116,11 +114,6 @@ def find_source(source: str, revision: str | None) -> epath.Path:
         return epath.Path(source)
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
     except ImportError as error:
         raise UserError(
             f"--source={source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
@@ -128,10 +121,10 @@ def find_source(source: str, revision: str | None) -> epath.Path:
     try:
         files = [*KEPT_FILES, "*.safetensors"]
         return epath.Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # whatever the hub or the network made of it is no bug of ours
         raise UserError(
-            f"--source={source}: no such folder, and the hub did not give it ({error}); the same "
-            "command resumes a broken download"
+            f"--source={source}: no such folder, and the hub did not give it ({error}); files that "
+            "arrived are kept: give the same command again"
         ) from error
 
 

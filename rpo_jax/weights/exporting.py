@@ -8,11 +8,9 @@ last.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO
 
 import numpy as np
 from etils import epath
@@ -26,6 +24,7 @@ from rpo_jax.weights.flow import (
     run_in_order,
     show_progress,
     sync_folder,
+    write_steadily,
     write_whole,
 )
 from rpo_jax.weights.manifest import Manifest, fingerprint_step, read_manifest
@@ -125,14 +124,13 @@ def export_weights(
     total = sum(shard.size for shard in shards)
     with show_progress("export", total, total - sum(shard.size for shard in todo)) as progress:
         for shard in todo:
-            header = shard.header.encode()
             draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
-            with draft.open("wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
+            with write_steadily(draft) as write:
+                header = shard.header.encode()
+                write(len(header).to_bytes(8, "little") + header)
                 for rows in _read(weights, shard, ram_budget_gib, dtype):
-                    file.write(rows)
+                    write(rows)
                     progress.update(len(rows))
-                _flush(file, folder)
             if draft.name != shard.file:
                 draft.rename(folder / shard.file)
     files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
@@ -250,9 +248,3 @@ def _check_digest(weights: Weights, tensor: str, found: str) -> None:
             f"{weights.folder_of_step}: {tensor}: SHA-256 {found}, it was {wanted} when imported: "
             "damaged on disk; import again"
         )
-
-
-def _flush(file: BinaryIO, folder: epath.Path) -> None:
-    if not is_remote(folder):
-        file.flush()
-        os.fsync(file.fileno())

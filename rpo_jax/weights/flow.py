@@ -1,5 +1,6 @@
 """Moving tensors piece by piece: memory under a budget, several at once, checked on the way."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -117,6 +118,33 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+@contextlib.contextmanager
+def write_steadily(path: epath.Path) -> Iterator[Callable[[Any], object]]:
+    """Opens a large file for writing; it is on disk when the context ends without an error.
+
+    A thread flushes it as it grows: the disk is busy while data are prepared, and little is left
+    for the end.
+    """
+    with path.open("wb") as file:
+        if is_remote(path):
+            yield file.write
+            return
+        with ThreadPoolExecutor(1) as pool:
+            flushing = pool.submit(os.fsync, file.fileno())
+
+            def write(data: Any) -> None:
+                nonlocal flushing
+                file.write(data)
+                if flushing.done():
+                    flushing.result()
+                    flushing = pool.submit(os.fsync, file.fileno())
+
+            yield write
+            flushing.result()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: epath.Path) -> None:

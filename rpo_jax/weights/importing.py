@@ -82,6 +82,7 @@ def import_weights(
         UserError: bad data, no space, a target that exists, or leftovers of another import.
     """
     if _is_done(source, target):
+        _tidy(target)
         return True
     if not is_remote(target) and target.exists():
         raise UserError(
@@ -225,11 +226,15 @@ def _finish(source: Source, target: epath.Path, folder: epath.Path, name: str) -
     write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
     if is_remote(target):
         (_step(folder) / _MARKER).write_text("complete\n")
-        records.rmtree()
-        (folder / _PLAN).unlink()
-        return True
-    folder.rename(target)
-    sync_folder(target.absolute().parent)
-    (target / _RECORDS).rmtree()
-    (target / _PLAN).unlink()
+    else:
+        folder.rename(target)
+        sync_folder(target.absolute().parent)
+    _tidy(target)
     return True
+
+
+def _tidy(target: epath.Path) -> None:
+    """Removes what only an unfinished import needs."""
+    if (target / _RECORDS).exists():
+        (target / _RECORDS).rmtree(missing_ok=True)
+    (target / _PLAN).unlink(missing_ok=True)

@@ -1,17 +1,28 @@
 """Our Qwen2.5 against transformers' Qwen2ForCausalLM, on random weights."""
 
+import json
+from decimal import Decimal, getcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from rpo_jax.losses.token_logps import token_logps
+from rpo_jax import convert
+from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.losses.token_logps import Projection, token_logps
 from rpo_jax.model.attention import rope_frequencies, rotate, visible
 from rpo_jax.model.qwen2 import Attention, Mlp, Network, RMSNorm, forward, head_table
 from rpo_jax.model.shape import ModelShape, load_shape, parse_shape, shape_to_hf
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.state import abstract_weights
 from rpo_jax.weights.names import from_hf, list_tensors
 
 torch = pytest.importorskip("torch", reason="parity needs the `parity` extra")
@@ -176,8 +187,6 @@ def test_rope_to_32k(head_dim: int) -> None:
 
 def test_rope_frequencies_do_not_depend_on_the_processor() -> None:
     # Correctly rounded by integers: theta^(i/64) lies between the two neighbours of the float.
-    from decimal import Decimal, getcontext
-
     getcontext().prec = 50
     exponents = np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)
     for exponent, frequency in zip(exponents, rope_frequencies(128, 1e6), strict=True):
@@ -306,7 +315,9 @@ def test_gradients(shape: ModelShape) -> None:
         hidden = forward(
             Network(shape), params, tokens_BT, one_BT, 0 * one_BT, jnp.asarray(positions)
         )
-        return -jnp.mean(token_logps(hidden, head_table(params), jnp.asarray(labels), 16))
+        return -jnp.mean(
+            token_logps(hidden, head_table(params), jnp.asarray(labels), Projection(16))
+        )
 
     params = to_params(shape, dict(model.named_parameters()))
     value, got = jax.jit(jax.value_and_grad(our_loss))(params)
@@ -371,3 +382,66 @@ def test_a_shipped_shape_loads_in_transformers() -> None:
     shape = load_shape("qwen2.5-0.5b")
     config = transformers.Qwen2Config(**shape_to_hf(shape))
     assert parse_shape(config.to_dict(), "transformers") == shape
+
+
+def test_a_05b_goes_in_and_out_and_matches(tmp_path: Path) -> None:
+    """The real shape of Qwen2.5-0.5B on random weights, by way of the files transformers writes."""
+    shape = load_shape("qwen2.5-0.5b")
+    torch.manual_seed(0)
+    source, model, out = tmp_path / "source", tmp_path / "model", tmp_path / "out"
+    config = transformers.Qwen2Config(**shape_to_hf(shape), dtype=torch.bfloat16)
+    made = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+    made.save_pretrained(source, max_shard_size="300MB")
+    assert len(list(source.glob("*.safetensors"))) > 1
+    del made
+    convert.main(["import", f"--source={source}", f"--target={model}", "--ram_budget_gib=1"])
+    convert.main(["export", f"--source={model}", f"--target={out}", "--base=Qwen/Qwen2.5-0.5B"])
+    for path in source.iterdir():
+        if path.name != "generation_config.json":  # gets an end of text where there was none
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+    network = Network(shape, param_dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=1, tensor=1), jax.devices()[:1])
+    _, params = load_params(model, abstract_weights(network, mesh))
+    tokens, positions = ids(shape, 1, 48), count_up(1, 48)
+    got = our_logits(network, params, tokens, positions)
+    del params
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    want = hf_logits(theirs, tokens, positions)
+    np.testing.assert_allclose(got, want, rtol=0, atol=LOGITS_ATOL)
+
+
+def test_verify_compares_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = vary(num_hidden_layers=2)
+    source, model = tmp_path / "source", tmp_path / "model"
+    hf_model(shape).save_pretrained(source)
+    vocabulary = {"a": 0, "b": 1, "<unk>": 2}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(source / "tokenizer.json"))
+    (tmp_path / "text").write_text("a b a a c")
+    convert.main(["import", f"--source={source}", f"--target={model}"])
+    words = ["verify", f"--source={model}", f"--text={tmp_path / 'text'}", "--tolerance=1e-4"]
+    convert.main([*words, f"--against={source}"])
+    assert "every checksum agrees" in capsys.readouterr().out
+    hf_model(shape, seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        convert.main([*words, f"--against={tmp_path / 'other'}"])
+    assert "more than --tolerance" in capsys.readouterr().err
+
+
+def test_an_export_loads_and_generates(tmp_path: Path) -> None:
+    """transformers reads what we write: same logits, and it stops at the end of text."""
+    shape = vary(num_hidden_layers=2, tie_word_embeddings=True)
+    source, model, out = tmp_path / "source", tmp_path / "model", tmp_path / "out"
+    hf_model(shape).save_pretrained(source)
+    (source / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": [{"id": 11, "content": "<|endoftext|>"}]})
+    )
+    convert.main(["import", f"--source={source}", f"--target={model}"])
+    convert.main(["export", f"--source={model}", f"--target={out}", "--base=none"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == 11
+    tokens, positions = ids(shape, 1, 16), count_up(1, 16)
+    want = hf_logits(hf_model(shape), tokens, positions)
+    np.testing.assert_array_equal(hf_logits(theirs, tokens, positions), want)
