@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,10 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rpo_jax import config as config_module
 from rpo_jax.config import Config, describe, resolve
-from rpo_jax.errors import UserError
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells count it
-
+from rpo_jax.errors import Stopped, UserError
 
 def run(command: Callable[..., Any], argv: list[str] | None = None, **switches: str) -> None:
     """Parses the command line, calls `command(config, **switches)` and exits.
@@ -34,7 +33,7 @@ def run(command: Callable[..., Any], argv: list[str] | None = None, **switches: 
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Shows a `UserError` as its message alone (status 2) and Ctrl-C as a hint (status 130)."""
+    """Shows a `UserError` as its message alone (status 2), a stop as a hint (128 + signal)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -43,9 +42,12 @@ def exit_on_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -67,7 +69,7 @@ def parse(
     _check_flags(argv[1:], switches)
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
-        "config", lock_config=True, flag_values=values, help_string="config file"
+        "config", lock_config=True, flag_values=values, sys_argv=argv
     )
     for name, text in switches.items():
         flags.DEFINE_boolean(name, False, text, flag_values=values)
@@ -98,7 +100,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def _check_flags(args: list[str], switches: dict[str, str]) -> None:
     """Misspelt flags, told with the nearest right one before any file is read."""
     fields = config_module.field_names()
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if not arg.startswith("-") or arg == "--":
             continue
         name, _, value = arg.lstrip("-").partition("=")

@@ -120,7 +120,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, target: Path) -> 
             sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
-            model_type="unigram",
+            model_type="bpe",
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

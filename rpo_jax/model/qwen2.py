@@ -247,7 +247,9 @@ def forward(
     positions_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """Hidden states after the last norm, in the compute dtype; the ids are `visible`'s."""
-    x_BTD = params["embed"]["table"].astype(network.compute_dtype)[tokens_BT]
+    table_VD = params["embed"]["table"].astype(network.compute_dtype)
+    x_BTD = constrain(table_VD, None, "act_embed_lookup")[tokens_BT]
+    x_BTD = constrain(x_BTD, "batch", "row", "act_embed_lookup")
     see_BTT = visible(segment_ids_BT, branch_ids_BT)
 
     def layer(x_BTD: Array, weights: Params) -> tuple[Array, None]:

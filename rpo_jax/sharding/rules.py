@@ -24,11 +24,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
-    # The head multiplies, so its vocabulary is cut; the input table is looked up, and a lookup in a
-    # table cut by rows would gather the whole of it: its columns are cut instead.
-    "vocab": ("tensor",),
-    "vocab_lookup": (),
-    "embed_lookup": ("fsdp", "tensor"),
+    # The head multiplies, so its vocabulary is cut. The input table is looked up, and rows looked
+    # up in a table cut by rows would be computed everywhere: its columns are cut instead, and
+    # gathered over fsdp only, just before the lookup (hence tensor is the outer axis). "vocab":
+    # ("tensor",), "vocab_lookup": (), "embed_lookup": ("tensor", "fsdp"), "act_embed_lookup":
+    # ("tensor",),
 }
 
 

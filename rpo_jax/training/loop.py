@@ -13,17 +13,14 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import Stopped, UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.checkpoint import save_state
+from rpo_jax.training.diagnostics import Watch, make_term_gradients
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.metrics import MetricLog, count_flops, measure_memory, peak_flops
 from rpo_jax.training.state import TrainState
 from rpo_jax.training.workload import Workload
-
-
-class Stopped(Exception):
-    """A stop was asked for (SIGTERM or Ctrl-C); the state is saved."""
 
 
 def run_steps(
@@ -47,14 +44,19 @@ def run_steps(
     config, train = work.config, work.config.train
     done = int(state.step)
     pending: list[tuple[int, np.ndarray, dict[str, Array]]] = []
-    meter = _Meter(work)
+    meter, watch = _Meter(work), Watch()
+    terms_every = config.rpo.term_gradients_every_steps if config.stage == "rpo" else 0
+    term_gradients = make_term_gradients(work)
     with (
         _catch_signals() as stop,
         tqdm(total=train.steps, initial=done, desc=config.name, unit="step", disable=None) as bar,
     ):
         while done < train.steps:
             batch = next(batches)
-            state, metrics = step(state, work.hyper, put_batch(batch, work.mesh))
+            placed = put_batch(batch, work.mesh)
+            if terms_every and (done + 1) % terms_every == 0:
+                log.write(done + 1, _to_floats(term_gradients(state.params, work.hyper, placed)))
+            state, metrics = step(state, work.hyper, placed)
             done += 1
             bar.update()
             pending.append((done, batch["record_index"], metrics))
@@ -63,26 +65,32 @@ def run_steps(
             save = last or done % config.checkpoint.save_every_steps == 0
             look = train.eval_every_steps and done % train.eval_every_steps == 0
             if last or save or look or done % train.log_every_steps == 0:
-                newest = _flush(pending, log, meter)
+                newest = _flush(pending, log, meter, watch)
                 bar.set_postfix({k: f"{newest[k]:.4g}" for k in ("loss", "tokens_per_s")})
                 if bar.disable:
                     _say(done, train.steps, newest)
                 meter.start()
             if look and not last:
-                log.write(done, heldout_names(evaluate(state.params)))
+                heldout = heldout_names(evaluate(state.params))
+                log.write(done, heldout)
+                watch.look(done, heldout)
                 meter.start()
             if save:
                 save_state(checkpoints, state)
                 log.write(done, measure_memory())
             if stop and done < train.steps:
                 checkpoints.wait()
-                raise Stopped(f"stopped by {stop[0]} at step {done}, saved")
+                raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
     return state
 
 
 def heldout_names(means: dict[str, float]) -> dict[str, float]:
     """The means under the names they are logged with."""
     return {f"heldout/{name}": value for name, value in means.items()}
+
+
+def _to_floats(scalars: dict[str, Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in scalars.items()}
 
 
 class _Meter:
@@ -110,7 +118,10 @@ class _Meter:
 
 
 def _flush(
-    pending: list[tuple[int, np.ndarray, dict[str, Array]]], log: MetricLog, meter: _Meter
+    pending: list[tuple[int, np.ndarray, dict[str, Array]]],
+    log: MetricLog,
+    meter: _Meter,
+    watch: Watch,
 ) -> dict[str, float]:
     """Fetches and logs what is pending; the newest step gets the rates too."""
     fetched = jax.device_get([metrics for _, _, metrics in pending])
@@ -125,6 +136,7 @@ def _flush(
             )
         newest = scalars | (rates if step == pending[-1][0] else {})
         log.write(step, newest)
+        watch.look(step, newest)
     pending.clear()
     return newest
 
@@ -136,15 +148,15 @@ def _say(step: int, steps: int, scalars: dict[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _catch_signals() -> Iterator[list[str]]:
-    """A list that SIGTERM or a first Ctrl-C puts its name into; a second one acts at once."""
-    received: list[str] = []
+def _catch_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGTERM or a first Ctrl-C is put into; a second one acts at once."""
+    received: list[signal.Signals] = []
 
     def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
+        received.append(signal.Signals(number))
         for caught in previous:
             signal.signal(caught, previous[caught])
-        logging.warning("%s: stopping after this step, with a checkpoint", received[0])
+        logging.warning("%s: stopping after this step, with a checkpoint", received[0].name)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,0 +1,308 @@
+"""Train, evaluate and study from end to end at the smallest scale, and what they refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rpo_jax import cli, study
+from rpo_jax.evaluate import main as evaluate_main
+from rpo_jax.train import build, train
+from rpo_jax.train import main as train_main
+from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.run import read_metrics
+from rpo_jax.training.state import abstract_weights, fingerprint_params
+
+REPO = Path(__file__).resolve().parents[1]
+BASE, CPT, RPO = (REPO / f"configs/fictional_{stage}.py" for stage in ("base", "cpt", "rpo"))
+SHAPE = {
+    "model_type": "qwen2",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+def overrides(workdir, **fields):
+    """Command-line overrides that make a run tiny; `train__steps=3` is --config.train.steps=3."""
+    tiny = {
+        "workdir": workdir,
+        "data__fictional__size": "tiny",
+        "tokenizer__train_vocab_size": 500,
+        "train__steps": 40,
+        "train__batch_rows": 8,
+        "train__log_every_steps": 2,
+        "optim__warmup_steps": 1,
+        "checkpoint__save_every_steps": 10,
+        "data__row_length": 64,
+        "mesh__fsdp": 2,
+        "mesh__tensor": 2,
+    } | fields
+    return [f"--config.{name.replace('__', '.')}={value}" for name, value in tiny.items()]
+
+
+def base_overrides(workdir, **fields):
+    shape = Path(workdir) / "shape.json"
+    shape.parent.mkdir(parents=True, exist_ok=True)
+    shape.write_text(json.dumps(SHAPE))
+    return overrides(workdir, model__shape=shape, **fields)
+
+
+def rpo_overrides(workdir, **fields):
+    lengths = {"data__prompt_length": 224, "data__response_length": 224}
+    return overrides(workdir, **{**lengths, "init_from": "fictional-base", **fields})
+
+
+def run(config, arguments):
+    """A run as the command makes it; returns its summary."""
+    return train(build(cli.load_config(str(config), arguments)))
+
+
+def refuse(capsys, config, arguments, main=train_main):
+    """The message a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, ["train", f"--config={config}", *arguments])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.split("error: ", 1)[1]
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def workdir(make_once):
+    """A folder with a finished base run, only to be read (runs beside it are fine)."""
+    return make_once("workdir", lambda folder: run(BASE, base_overrides(folder)))
+
+
+def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path, capsys):
+    arguments = rpo_overrides(workdir, name=f"rpo-{tmp_path.name}", train__steps=12)
+    cli.run(train_main, ["train", f"--config={RPO}", *arguments])
+    printed = capsys.readouterr().out
+    folder = workdir / f"rpo-{tmp_path.name}"
+    assert "preference_accuracy" in printed
+    assert str(folder / "checkpoints/12") in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+    assert before["margin"] == 0.0
+    np.testing.assert_allclose(before["dpo"], np.log(2), atol=1e-6)
+    assert after["loss"] < before["loss"]
+    assert after["nll"] < before["nll"]
+    for path in summary["paths"].values():
+        assert Path(path).exists(), path
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored["config"]["train"]["steps"] == 12
+    assert stored["versions"]["jax"] == jax.__version__
+    assert list((folder / "tensorboard").iterdir())
+    first = read_metrics(folder)[1]
+    assert {
+        "loss",
+        "dpo",
+        "nll",
+        "chosen_log_ratio",
+        "rejected_log_ratio",
+        "margin",
+    } <= first.keys()
+    np.testing.assert_allclose(first["dpo"], np.log(2), atol=1e-6)
+    assert first["margin"] == 0.0
+    with_rates = read_metrics(folder)[2]
+    assert {"tokens_per_s", "tflops", "reward_accuracy", "preference_accuracy"} <= with_rates.keys()
+
+    # evaluate finds the same numbers in the checkpoint
+    evaluated = ["evaluate", f"--config={RPO}", *arguments, "--json_line"]
+    cli.run(evaluate_main, evaluated, json_line="")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 12
+    for name, value in after.items():
+        np.testing.assert_allclose(result["heldout"][name], value, rtol=1e-6, atol=1e-6)
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
+
+
+def weights(workdir, name, arguments, config=BASE):
+    work = build(cli.load_config(str(config), arguments))
+    with jax.set_mesh(work.mesh):
+        return fingerprint_params(
+            load_params(workdir / name, abstract_weights(work.network, work.mesh))[1]
+        )
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
+    folder = tmp_path / "stopped"
+    stopped = base_overrides(tmp_path, name="stopped")
+    command = [sys.executable, "-m", "rpo_jax.train", f"--config={BASE}", *stopped]
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while len(losses(folder) if (folder / "metrics.jsonl").exists() else {}) < 12:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=120)
+    if sign == signal.SIGTERM:
+        assert process.returncode == 143, errors
+        assert "SIGTERM: stopped at step" in errors
+    assert "Traceback" not in errors
+    assert "Involuntary full rematerialization" not in errors
+    cut = len(losses(folder))
+    assert 12 <= cut < 40
+    # what a kill in mid-write leaves: half a line
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 39, "lo')
+    run(BASE, stopped)
+    assert losses(folder) == losses(workdir / "fictional-base")
+    assert [line["step"] for line in read_metrics(folder) if "loss" in line] == list(range(1, 41))
+    straight = base_overrides(workdir)
+    assert weights(tmp_path, "stopped", stopped) == weights(workdir, "fictional-base", straight)
+
+
+def test_a_finished_run_is_left_as_it_is(workdir):
+    metrics = (workdir / "fictional-base" / "metrics.jsonl").read_text()
+    summary = json.loads((workdir / "fictional-base" / "summary.json").read_text())
+    assert run(BASE, base_overrides(workdir)) == summary
+    assert (workdir / "fictional-base" / "metrics.jsonl").read_text() == metrics
+
+
+def test_any_mesh_and_micro_batch_gives_the_same_run(workdir, tmp_path):
+    run(BASE, base_overrides(tmp_path, mesh__fsdp=8, mesh__tensor=1, train__micro_batches=1))
+    one, other = (losses(folder / "fictional-base") for folder in (workdir, tmp_path))
+    assert one.keys() == other.keys()
+    for step in one:
+        np.testing.assert_allclose(one[step], other[step], rtol=1e-5)
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
+    shape = tmp_path / "shape.json"
+    arguments = base_overrides(tmp_path, name="planned")
+    cli.run(train_main, ["train", f"--config={BASE}", *arguments, "--dry_run"], dry_run="")
+    printed = capsys.readouterr().out
+    for word in ("parameters", "mesh", "8 rows of 64 = 512 tokens", "steps", "GiB", "planned"):
+        assert word in printed
+    assert list(tmp_path.iterdir()) == [shape]
+
+
+def test_study_runs_its_stages(tmp_path, capsys):
+    shape = base_overrides(tmp_path)
+    study.main([str(BASE), *shape])
+    printed = capsys.readouterr().out
+    assert "held-out nats/token" in printed
+    assert str(tmp_path / "fictional-base") in printed
+
+
+def write_pairs(path, *lines):
+    path.write_text(
+        "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+    )
+    return path
+
+
+PAIR = {"id": "1", "prompt": "問題\n答え:", "chosen": "a", "rejected": "b"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    train = write_pairs(tmp_path / "train.jsonl", *({**PAIR, "id": str(i)} for i in range(8)))
+    heldout = write_pairs(
+        tmp_path / "heldout.jsonl", {**PAIR, "id": "h", "prompt": "別の問題\n答え:"}
+    )
+    return train, heldout
+
+
+def file_overrides(workdir, tmp_path, train, heldout):
+    origin = {"init_from": workdir / "fictional-base", "data__source": "files"}
+    data = {"data__train": f"('{train}',)", "data__heldout": f"('{heldout}',)"}
+    lengths = {"data__prompt_length": 32, "data__response_length": 8, "train__steps": 4}
+    return rpo_overrides(tmp_path / "runs", **origin, **data, **lengths)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{not json", "train.jsonl:9: "),
+        ({**PAIR, "id": "9", "chosen": ""}, "train.jsonl:9: "),
+        ({"id": "9", "prompt": "a", "chosen": "b"}, "rejected"),
+        ({**PAIR, "id": "3"}, "train.jsonl:9: "),
+        ({**PAIR, "id": "9", "rejected": "a"}, "train.jsonl:9: "),
+    ],
+    ids=["not-json", "empty-response", "missing-field", "duplicate-id", "equal-responses"],
+)
+def test_a_bad_line_is_named(workdir, tmp_path, files, capsys, bad, message):
+    train_file, heldout = files
+    with train_file.open("a") as file:
+        file.write(f"{bad if isinstance(bad, str) else json.dumps(bad)}\n")
+    told = refuse(capsys, RPO, file_overrides(workdir, tmp_path, train_file, heldout))
+    assert message in told
+    assert not (tmp_path / "runs" / "fictional-rpo").exists()
+
+
+def test_long_prompts_are_counted_and_stop_the_run(workdir, tmp_path, files, capsys):
+    train_file, heldout = files
+    write_pairs(
+        train_file,
+        *({**PAIR, "id": str(i)} for i in range(7)),
+        {**PAIR, "id": "9", "prompt": "長" * 50},
+    )
+    arguments = file_overrides(workdir, tmp_path, train_file, heldout)
+    told = refuse(capsys, RPO, arguments)
+    assert "data.max_dropped_share" in told
+    assert "prompt_length" in told
+    # ... unless that share is allowed
+    run(RPO, [*arguments, "--config.data.max_dropped_share=0.2"])
+
+
+def test_missing_things_are_named(workdir, tmp_path, files, capsys):
+    _, heldout = files
+    nowhere = file_overrides(workdir, tmp_path, tmp_path / "no.jsonl", heldout)
+    assert str(tmp_path / "no.jsonl") in refuse(capsys, RPO, nowhere)
+    orphan = rpo_overrides(tmp_path, init_from="fictional-base")
+    assert "fictional-base/model/config.json is not there" in refuse(capsys, RPO, orphan)
+    assert "no checkpoint there" in refuse(
+        capsys, BASE, base_overrides(tmp_path, name="never"), main=evaluate_main
+    )
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, capsys):
+    arguments = base_overrides(tmp_path)
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE | {"vocab_size": 300}))
+    told = refuse(capsys, BASE, arguments)
+    assert "the tokenizer has ids up to 499, the embedding only 300 rows" in told
+
+
+def test_a_batch_the_mesh_does_not_divide_is_refused(tmp_path, capsys):
+    told = refuse(capsys, BASE, base_overrides(tmp_path, train__batch_rows=6))
+    assert "train.batch_rows=6" in told
+    assert "data*fsdp=4 does not divide" in told
+    told = refuse(capsys, BASE, base_overrides(tmp_path, mesh__fsdp=3))
+    assert "8 are there" in told
+    told = refuse(capsys, BASE, base_overrides(tmp_path, mesh__fsdp=1, mesh__tensor=8))
+    assert "'heads'" in told
+    assert "tensor=8 does not divide" in told
+
+
+def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):
+    told = refuse(capsys, BASE, base_overrides(workdir, optim__learning_rate=0.5))
+    assert "optim.learning_rate: 0.003 -> 0.5" in told
+    assert "choose another --config.name" in told
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_records(tmp_path, capsys):
+    arguments = base_overrides(tmp_path, optim__learning_rate=1e30, optim__schedule="constant")
+    told = refuse(capsys, BASE, arguments)
+    assert "on records [" in told
+    assert "the last checkpoint is whole" in told
