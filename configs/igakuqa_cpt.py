@@ -1,8 +1,8 @@
 """Stage 1 on real text: the exam years 2018 to 2021 as documents, 2022 held out.
 
-A network far too small to learn medicine, with the real tokenizer on the real exam: it shows that the
-pipeline works on what the 72B will read. Wants IGAKUQA_DIR (a copy of github.com/jungokasai/IgakuQA's
-data folder) and QWEN_TOKENIZER (the tokenizer.json of any Qwen2.5 model).
+A network far too small to learn medicine, with the real tokenizer on the real exam: it shows that
+the pipeline works on what the 72B will read. Wants IGAKUQA_DIR (a copy of the data folder of
+github.com/jungokasai/IgakuQA) and QWEN_TOKENIZER (the tokenizer.json of any Qwen2.5 model).
 """
 
 import os

@@ -1,6 +1,6 @@
 """Stage 2 on real text: the right answer of each question is chosen, a wrong one rejected.
 
-The prompt is the exam's official 3-shot prompt. Wants the run of igakuqa_cpt.py and what that wants.
+The prompt is the exam's official 3-shot prompt. Wants the run of igakuqa_cpt.py and its settings.
 """
 
 from ml_collections import ConfigDict

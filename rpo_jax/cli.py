@@ -18,6 +18,7 @@ from rpo_jax import config as config_module
 from rpo_jax.config import Config, describe, resolve
 from rpo_jax.errors import Stopped, UserError
 
+
 def run(command: Callable[..., Any], argv: list[str] | None = None, **switches: str) -> None:
     """Parses the command line, calls `command(config, **switches)` and exits.
 

@@ -26,9 +26,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     # The head multiplies, so its vocabulary is cut. The input table is looked up, and rows looked
     # up in a table cut by rows would be computed everywhere: its columns are cut instead, and
-    # gathered over fsdp only, just before the lookup (hence tensor is the outer axis). "vocab":
-    # ("tensor",), "vocab_lookup": (), "embed_lookup": ("tensor", "fsdp"), "act_embed_lookup":
-    # ("tensor",),
+    # gathered over fsdp only, just before the lookup (hence tensor is the outer axis).
+    "vocab": ("tensor",),
+    "vocab_lookup": (),
+    "embed_lookup": ("tensor", "fsdp"),
+    "act_embed_lookup": ("tensor",),
 }
 
 

@@ -21,6 +21,7 @@ from rpo_jax.weights.flow import (
     check_finite,
     check_space,
     count_workers,
+    cut_blocks,
     run_in_order,
     show_progress,
     sync_folder,
@@ -226,19 +227,19 @@ def _read(
     digest = hashlib.sha256()
 
     def read(piece: Piece) -> np.ndarray:
-        rows = weights.arrays.read(piece)
-        check_finite(rows, f"{weights.folder_of_step}: {piece.tensor.name}")
-        return np.ascontiguousarray(rows, DTYPES[dtype])
+        return np.ascontiguousarray(weights.arrays.read(piece), DTYPES[dtype])
 
     pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored)]
     for piece, rows in zip(pieces, run_in_order(read, pieces, workers), strict=True):
-        raw = rows.view(np.uint8).reshape(-1).data
-        if dtype == stored:
-            digest.update(raw)
-            if piece.stop == piece.tensor.shape[piece.tensor.row_axis]:
-                _check_digest(weights, piece.tensor.name, digest.hexdigest())
-                digest = hashlib.sha256()
-        yield raw
+        name = piece.tensor.name
+        for block in cut_blocks(rows):
+            check_finite(block, f"{weights.folder_of_step}: {name}")
+            digest.update(block.data)
+            yield block.data.cast("B")
+        if piece.stop == piece.tensor.shape[piece.tensor.row_axis]:
+            if dtype == stored:
+                _check_digest(weights, name, digest.hexdigest())
+            digest = hashlib.sha256()
 
 
 def _check_digest(weights: Weights, tensor: str, found: str) -> None:

@@ -20,7 +20,7 @@ from rpo_jax.weights.store import cut_pieces
 _BASE_BYTES = 512 * 2**20
 # Copies of a piece that may be in memory at once: read, cast, and TensorStore's own.
 _COPIES = 5
-_CHECKED_AT_ONCE = 2**18  # values; fits a cache
+_BLOCK_BYTES = 2**19
 
 
 def count_workers(
@@ -64,22 +64,28 @@ def run_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int)
                 future.cancel()
 
 
-def check_finite(values: np.ndarray, where: str) -> None:
-    """Refuses NaN and infinity.
+def cut_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The bits of an array, as unsigned integers of its width, in blocks that stay in a cache.
+
+    Several passes over one block after the other read the memory once.
+    """
+    flat = values.reshape(-1).view(f"u{values.dtype.itemsize}")
+    step = _BLOCK_BYTES // values.dtype.itemsize
+    for start in range(0, flat.size, step):
+        yield flat[start : start + step]
+
+
+def check_finite(block: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity in a block of bf16 or float32 bits.
 
     Raises:
         UserError: says where.
     """
-    # An all-ones exponent, compared as an integer: needs no copy in float32.
-    bits, mask, exponent = {
-        2: (np.uint16, 0x7FFF, 0x7F80),
-        4: (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    }[values.dtype.itemsize]
-    flat = values.reshape(-1).view(bits)
-    for start in range(0, flat.size, _CHECKED_AT_ONCE):
-        largest = (flat[start : start + _CHECKED_AT_ONCE] & bits(mask)).max()
-        if largest >= exponent:
-            raise UserError(f"{where}: holds {'NaN' if largest > exponent else 'infinity'}")
+    # An exponent of all ones, compared as an integer: numpy has no arithmetic for bf16.
+    magnitude, exponent = {2: (0x7FFF, 0x7F80), 4: (0x7FFFFFFF, 0x7F800000)}[block.itemsize]
+    largest = (block & block.dtype.type(magnitude)).max()
+    if largest >= exponent:
+        raise UserError(f"{where}: holds {'NaN' if largest > exponent else 'infinity'}")
 
 
 def check_space(target: epath.Path, wanted: int) -> None:

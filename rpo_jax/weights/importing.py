@@ -26,6 +26,7 @@ from rpo_jax.weights.flow import (
     check_finite,
     check_space,
     count_workers,
+    cut_blocks,
     show_progress,
     sync_folder,
     write_whole,
@@ -203,9 +204,10 @@ def _copy(
         for piece in cut_pieces(tensor, entry.dtype):
             stop = start + piece.elements * ITEM_BYTES[entry.dtype]
             raw = data.read(start, stop)
-            digest.update(raw.data)
             rows = raw.view(DTYPES[entry.dtype]).reshape(piece.hf_shape)
-            check_finite(rows, f"{path}: {tensor.name}")
+            for block in cut_blocks(rows):
+                digest.update(block.data)
+                check_finite(block, f"{path}: {tensor.name}")
             arrays.write(piece, rows)
             advance(stop - start)
             start = stop

@@ -69,10 +69,11 @@ def forget_pages() -> bool:
     return True
 
 
-def measure(words: list[str]) -> dict[str, float]:
+def measure(words: list[str], nice: int) -> dict[str, float]:
     """Seconds until the data is on disk, and the peak of anonymous memory, of a command."""
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(words, cwd=REPO)
+    os.setpriority(os.PRIO_PROCESS, process.pid, nice)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         lines = status.read_text().splitlines()
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--ram_budget_gib", type=float, default=2.0)
+    parser.add_argument("--nice", type=int, default=0, help="of all commands; root may go below 0")
     parser.add_argument("--out", type=Path, required=True, help="JSON with the figures")
     args = parser.parse_args()
     root = args.folder / "convert_bench"
@@ -122,7 +124,7 @@ def main() -> None:
         figures, cold = {}, True
         for name, words in commands.items():
             cold = forget_pages() and cold
-            figures[name] = measure(words)
+            figures[name] = measure(words, args.nice)
             figures[name]["mb_per_s"] = size / 1e6 / figures[name]["seconds"]
             print(name, figures[name], flush=True)
             if name.startswith("cp"):
@@ -139,7 +141,7 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True
     ).stdout.strip()
     result = {
-        "command": f"{Path(__file__).name} --layers={args.layers} {budget}",
+        "command": f"{Path(__file__).name} --layers={args.layers} {budget} --nice={args.nice}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
