@@ -20,6 +20,7 @@ from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
 from rpo_jax.losses.token_logps import Projection, token_logps
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
+from rpo_jax.sharding.rules import constrain
 
 Batch = dict[str, Array]
 Hyper = dict[str, Array]  # loss weights and learning rate: traced, so that no value recompiles
@@ -70,6 +71,9 @@ def target_logps(
     )
     if "target_index" in batch:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)
+        # Not left to the partitioner: on data x fsdp x tensor it gave wrong gradients here (XLA of
+        # jaxlib 0.10.2), the chunked loop having cut the width of the states over fsdp.
+        hidden_BTD = constrain(hidden_BTD, "batch", None, "act_embed")
     logps_BM = token_logps(hidden_BTD, head_table(params), batch["labels"], how)
     return jnp.where(batch["target_mask"] > 0, logps_BM, 0.0)
 

@@ -141,8 +141,8 @@ def check(cases):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"stage": "cpt", "mesh": "data2-fsdp2-tensor2", "micro_batches": 2, "loss_chunk": 5},
-        {"stage": "rpo", "mesh": "fsdp4-seq2", "permuted_devices": True, "remat": "full"},
+        {"stage": "rpo", "mesh": "data2-fsdp2-tensor2", "permuted_devices": True, "loss_chunk": 5},
+        {"stage": "cpt", "mesh": "fsdp4-seq2", "micro_batches": 2, "remat": "full"},
         {"stage": "rpo", "share_prefix": False, "scan_layers": False, "micro_batches": 4},
     ],
     ids=lambda changes: f"{changes['stage']} {changes.get('mesh', 'one')}",
