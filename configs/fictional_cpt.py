@@ -6,7 +6,7 @@ from rpo_jax.config import defaults
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """About two minutes on two cores; wants the run of fictional_base.py."""
+    """About a minute on two cores; wants the run of fictional_base.py."""
     config = defaults()
     config.stage = "cpt"
     config.name = "fictional-cpt"
@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.fictional.text = "textbook"
     config.data.row_length = 256
 
-    config.train.steps = 200
+    config.train.steps = 100
     config.train.batch_rows = 16
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 20

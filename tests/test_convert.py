@@ -169,8 +169,11 @@ def test_import_is_what_orbax_loads(tmp_path: Path, small_pieces: None) -> None:
 
 
 def test_bits_survive(tmp_path: Path) -> None:
-    """Negative zero and subnormals are values too."""
+    """Zeros, as biases begin, and negative zero and subnormals are values too."""
     tensors = random_tensors(TIED)
+    for name in tensors:
+        if "bias" in name:
+            tensors[name][:] = 0
     odd = np.array([0x8000, 0x0001, 0x807F, 0x7F7F], np.uint16).view(ml_dtypes.bfloat16)
     tensors["model.layers.0.mlp.up_proj.weight"].flat[:4] = odd
     source = write_checkpoint(tmp_path / "in", TIED, tensors=tensors)
@@ -178,6 +181,9 @@ def test_bits_survive(tmp_path: Path) -> None:
     export(tmp_path / "model", tmp_path / "out")
     out = read_files(tmp_path / "out")
     assert out.pop("README.md") and out == read_files(source)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=1, tensor=1), jax.devices()[:1])
+    _, params = load_params(tmp_path / "model", abstract_weights(network(TIED), mesh))
+    assert not np.any(np.asarray(params["layers"]["attention"]["q"]["bias"]))
 
 
 @pytest.mark.parametrize("trained_in", ["bfloat16", "float32"])

@@ -138,12 +138,17 @@ def _zarr_metadata(tensor: Tensor, layers: int, dtype: str) -> dict[str, Any]:
 
 
 def _spec(step: epath.Path, path: str, use_ocdbt: bool, use_zarr3: bool) -> dict[str, Any]:
-    driver = "zarr3" if use_zarr3 else "zarr"
     name = path.replace("/", ".")
+    place: dict[str, Any] = _kvstore(step / _PARAMS / name)
     if use_ocdbt:
-        base = _kvstore(step / _PARAMS)
-        return {"driver": driver, "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return {"driver": driver, "kvstore": _kvstore(step / _PARAMS / name)}
+        place = {"driver": "ocdbt", "base": _kvstore(step / _PARAMS), "path": f"{name}/"}
+    return {
+        "driver": "zarr3" if use_zarr3 else "zarr",
+        "kvstore": place,
+        # As Orbax has it: zeros are written like any value, so that what is absent is missing.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
 
 
 def _kvstore(path: epath.Path) -> dict[str, str]:
