@@ -346,7 +346,7 @@ def test_damage_on_disk_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "model.layers.1.mlp.down_proj.weight" in message and "SHA-256" in message
     assert not (tmp_path / "out").exists()
     chunk.unlink()
-    assert "down_proj" in refusal(capsys, "verify", "--source", tmp_path / "model")
+    assert "mlp/down/kernel" in refusal(capsys, "verify", "--source", tmp_path / "model")
 
 
 def test_what_cannot_be_done_is_said_first(
