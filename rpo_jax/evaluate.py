@@ -31,7 +31,7 @@ def evaluate(work: Workload) -> dict[str, Any]:
     """
     config = work.config
     tokenizer = load_tokenizer(config)
-    check_vocabulary(tokenizer, work.network.shape)
+    check_vocabulary(config, tokenizer, work.network.shape)
     heldout = open_records(prepare(config, tokenizer).heldout)
     with jax.set_mesh(work.mesh):
         abstract = abstract_weights(work.network, work.mesh)

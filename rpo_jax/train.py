@@ -51,7 +51,7 @@ def train(work: Workload) -> dict[str, Any]:
     """
     config, network, mesh = work.config, work.network, work.mesh
     tokenizer = load_tokenizer(config)
-    check_vocabulary(tokenizer, network.shape)
+    check_vocabulary(config, tokenizer, network.shape)
     prepared = prepare(config, tokenizer)
     records, heldout = open_records(prepared.train), open_records(prepared.heldout)
     folder = open_run(config, network.shape, tokenizer)

@@ -282,6 +282,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, capsys):
     (tmp_path / "shape.json").write_text(json.dumps(SHAPE | {"vocab_size": 300}))
     told = refuse(capsys, BASE, arguments)
     assert "the tokenizer has ids up to 499, the embedding only 300 rows" in told
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    told = refuse(capsys, BASE, [*arguments, "--config.model.used_vocab_size=400"])
+    assert "model.used_vocab_size=400 leaves out ids" in told
 
 
 def test_a_batch_the_mesh_does_not_divide_is_refused(tmp_path, capsys):

@@ -61,8 +61,8 @@ def find_shape(config: Config) -> ModelShape:
     return shape
 
 
-def check_vocabulary(tokenizer: Tokenizer, shape: ModelShape) -> None:
-    """Refuses a tokenizer with ids that the embedding has no row for.
+def check_vocabulary(config: Config, tokenizer: Tokenizer, shape: ModelShape) -> None:
+    """Refuses a tokenizer with ids that the embedding, or the vocabulary in use, has no row for.
 
     Raises:
         UserError: with both numbers.
@@ -72,6 +72,11 @@ def check_vocabulary(tokenizer: Tokenizer, shape: ModelShape) -> None:
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
             f"{shape.vocab_size} rows; another tokenizer.path, or a model.shape with a larger "
             "vocab_size"
+        )
+    if 0 < config.model.used_vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.used_vocab_size={config.model.used_vocab_size} leaves out ids of the "
+            f"tokenizer, which go up to {tokenizer.vocab_size - 1}"
         )
 
 
