@@ -1,4 +1,7 @@
-"""The embedded world, stage 1: continued pretraining on the textbook."""
+"""The embedded world, stage 1: continued pretraining on the textbook.
+
+General passages are replayed beside it: without them the model forgets how answers are written.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +9,7 @@ from rpo_jax.config import defaults
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """About a minute on two cores; wants the run of fictional_base.py."""
+    """About two minutes on two cores; wants the run of fictional_base.py."""
     config = defaults()
     config.stage = "cpt"
     config.name = "fictional-cpt"
@@ -14,10 +17,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data.source = "fictional"
     config.data.fictional.size = "quick"
-    config.data.fictional.text = "textbook"
+    config.data.fictional.text = "both"
     config.data.row_length = 256
 
-    config.train.steps = 100
+    config.train.steps = 150
     config.train.batch_rows = 16
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 20

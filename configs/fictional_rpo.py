@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.rpo.beta = 0.1
     config.rpo.alpha = 1.0
 
-    config.train.steps = 50
+    config.train.steps = 80
     config.train.batch_rows = 8
     config.optim.learning_rate = 3e-4
-    config.optim.warmup_steps = 5
+    config.optim.warmup_steps = 8
     return config

@@ -32,7 +32,7 @@ from rpo_jax.training.checkpoint import load_params, open_checkpoints, save_stat
 from rpo_jax.training.state import TrainState, abstract_weights
 from rpo_jax.weights import store
 from rpo_jax.weights.exporting import open_weights
-from rpo_jax.weights.flow import check_space, count_workers
+from rpo_jax.weights.flow import check_space, count_pieces
 from rpo_jax.weights.names import from_hf, list_tensors
 from rpo_jax.weights.shards import read_shard
 from rpo_jax.weights.source import open_source
@@ -381,12 +381,12 @@ def test_space_is_checked_before_starting(tmp_path: Path) -> None:
 
 def test_the_budget_decides_how_many_pieces_are_under_way() -> None:
     tensors = list_tensors(load_shape("qwen2.5-72b"))
-    assert count_workers(0.7, tensors, "BF16") == 1
-    assert 1 < count_workers(0.9, tensors, "BF16") < count_workers(64.0, tensors, "BF16")
+    assert count_pieces(0.7, tensors, "BF16") == 1
+    assert 1 < count_pieces(0.9, tensors, "BF16") < count_pieces(64.0, tensors, "BF16")
     with pytest.raises(UserError, match="too small: this model needs 0"):
-        count_workers(0.5, tensors, "BF16")
+        count_pieces(0.5, tensors, "BF16")
     with pytest.raises(UserError, match="needs 36"):
-        count_workers(4.0, tensors, "BF16", extra=36 * 2**30)
+        count_pieces(4.0, tensors, "BF16", extra=36 * 2**30)
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ last.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,9 +20,11 @@ from rpo_jax.model.shape import ModelShape, parse_shape
 from rpo_jax.weights.flow import (
     check_finite,
     check_space,
-    count_workers,
+    count_pieces,
+    count_threads,
     cut_blocks,
-    run_in_order,
+    read_ahead,
+    run_all,
     show_progress,
     sync_folder,
     write_steadily,
@@ -123,17 +125,21 @@ def export_weights(
     _lay_out(weights, target, folder, shards, dtype)
     todo = [shard for shard in shards if not (folder / shard.file).exists()]
     total = sum(shard.size for shard in shards)
+
+    def write_shard(shard: Shard, advance: Callable[[int], None]) -> None:
+        draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
+        with write_steadily(draft) as write:
+            header = shard.header.encode()
+            write(len(header).to_bytes(8, "little") + header)
+            for block in _read(weights, shard, dtype, ahead):
+                write(block)
+                advance(len(block))
+        if draft.name != shard.file:
+            draft.rename(folder / shard.file)
+
+    threads, ahead = _count_threads(weights, ram_budget_gib, dtype)
     with show_progress("export", total, total - sum(shard.size for shard in todo)) as progress:
-        for shard in todo:
-            draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
-            with write_steadily(draft) as write:
-                header = shard.header.encode()
-                write(len(header).to_bytes(8, "little") + header)
-                for rows in _read(weights, shard, ram_budget_gib, dtype):
-                    write(rows)
-                    progress.update(len(rows))
-            if draft.name != shard.file:
-                draft.rename(folder / shard.file)
+        run_all(write_shard, todo, threads, progress)
     files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
     if index is not None or shards[0].file == SINGLE:
         files.pop(INDEX, None)
@@ -156,10 +162,14 @@ def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
         UserError: damaged or non-finite weights.
     """
     shards, _ = plan_shards(weights, weights.arrays.dtype)
+
+    def check_shard(shard: Shard, advance: Callable[[int], None]) -> None:
+        for block in _read(weights, shard, weights.arrays.dtype, ahead):
+            advance(len(block))
+
+    threads, ahead = _count_threads(weights, ram_budget_gib, weights.arrays.dtype)
     with show_progress("verify", sum(shard.size for shard in shards)) as progress:
-        for shard in shards:
-            for rows in _read(weights, shard, ram_budget_gib, weights.arrays.dtype):
-                progress.update(len(rows))
+        run_all(check_shard, shards, threads, progress)
 
 
 def plan_shards(weights: Weights, dtype: str) -> tuple[list[Shard], bytes | None]:
@@ -214,23 +224,31 @@ def _lay_out(
     write_whole(folder / _PLAN, json.dumps(plan).encode())
 
 
-def _read(
-    weights: Weights, shard: Shard, ram_budget_gib: float, dtype: str
-) -> Iterator[memoryview]:
-    """The data of a shard in the order of the file, piece by piece; checks what it reads."""
+def _count_threads(weights: Weights, ram_budget_gib: float, dtype: str) -> tuple[int, int]:
+    """How many shards to work on at once, and how many pieces of each may be in memory."""
     stored = weights.arrays.dtype
-    widest = max(stored, dtype, key=ITEM_BYTES.__getitem__)
-    tensors = [weights.tensors[entry.name] for entry in shard.entries]
-    workers = count_workers(
-        ram_budget_gib, tensors, stored, widest, extra=weights.arrays.largest_chunk()
+    pieces = count_pieces(
+        ram_budget_gib,
+        weights.tensors.values(),
+        stored,
+        widest=max(stored, dtype, key=ITEM_BYTES.__getitem__),
+        extra=weights.arrays.largest_chunk(),
     )
+    ahead = min(pieces, 2)
+    return count_threads(pieces // ahead), ahead
+
+
+def _read(weights: Weights, shard: Shard, dtype: str, ahead: int) -> Iterator[memoryview]:
+    """The data of a shard in the order of the file, in small blocks; checks what it reads."""
+    stored = weights.arrays.dtype
+    tensors = [weights.tensors[entry.name] for entry in shard.entries]
     digest = hashlib.sha256()
 
     def read(piece: Piece) -> np.ndarray:
         return np.ascontiguousarray(weights.arrays.read(piece), DTYPES[dtype])
 
     pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored)]
-    for piece, rows in zip(pieces, run_in_order(read, pieces, workers), strict=True):
+    for piece, rows in zip(pieces, read_ahead(read, pieces, ahead), strict=True):
         name = piece.tensor.name
         for block in cut_blocks(rows):
             check_finite(block, f"{weights.folder_of_step}: {name}")

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ _COPIES = 5
 _BLOCK_BYTES = 2**19
 
 
-def count_workers(
+def count_pieces(
     budget_gib: float, tensors: Iterable[Tensor], dtype: str, widest: str = "", extra: int = 0
 ) -> int:
-    """How many pieces may be under way at once.
+    """How many pieces may be in memory at once.
 
     Args:
         budget_gib: GiB of anonymous memory for the whole process.
@@ -45,17 +46,48 @@ def count_workers(
     if fit < 1:
         need = (_BASE_BYTES + each) / 2**30
         raise UserError(f"--ram_budget_gib={budget_gib} is too small: this model needs {need:.2f}")
-    return min(fit, 1 + (os.cpu_count() or 1), 16)
+    return fit
 
 
-def run_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Results of `work` in the order of `items`; at most `workers` are begun and not yet taken."""
-    with ThreadPoolExecutor(workers) as pool:
+def count_threads(pieces: int) -> int:
+    """How many to work with: a little more than there are cores, for one may wait for the disk."""
+    return min(pieces, 1 + (os.cpu_count() or 1), 16)
+
+
+def run_all(
+    work: Callable[[Any, Callable[[int], None]], object],
+    items: Sequence[Any],
+    threads: int,
+    progress: tqdm,
+) -> None:
+    """Calls `work(item, advance)` for all items; `advance(bytes)` moves the bar.
+
+    The first error, or Ctrl-C, stops the others at their next `advance`.
+    """
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("another item failed, or the command was stopped")
+        progress.update(count)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for future in as_completed([pool.submit(work, item, advance) for item in items]):
+                future.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(read: Callable[[Any], Any], items: Iterable[Any], count: int) -> Iterator[Any]:
+    """Results of `read` in the order of `items`; at most `count` are begun and not yet taken."""
+    with ThreadPoolExecutor(count) as pool:
         begun: deque[Future[Any]] = deque()
         try:
             for item in items:
-                begun.append(pool.submit(work, item))
-                if len(begun) == workers:
+                begun.append(pool.submit(read, item))
+                if len(begun) == count:
                     yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()

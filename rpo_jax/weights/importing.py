@@ -13,10 +13,8 @@ time.
 import contextlib
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from etils import epath
@@ -25,8 +23,10 @@ from rpo_jax.errors import UserError
 from rpo_jax.weights.flow import (
     check_finite,
     check_space,
-    count_workers,
+    count_pieces,
+    count_threads,
     cut_blocks,
+    run_all,
     show_progress,
     sync_folder,
     write_whole,
@@ -89,14 +89,14 @@ def import_weights(
         raise UserError(
             f"{target}: is there already and no finished import; choose another --target"
         )
-    workers = count_workers(ram_budget_gib, source.tensors, source.dtype)
+    threads = count_threads(count_pieces(ram_budget_gib, source.tensors, source.dtype))
     folder = target if is_remote(target) else target.parent / f"{target.name}.partial"
     if part.index == 1:
         _lay_out(source, target, folder)
     else:
         _wait_for(folder / _PLAN)
     _check_plan(source, folder)
-    _fill(source, folder, workers, part)
+    _fill(source, folder, threads, part)
     try:
         return _finish(source, target, folder, name)
     except FileNotFoundError:
@@ -152,7 +152,7 @@ def _step(folder: epath.Path) -> epath.Path:
     return folder / CHECKPOINTS / "0"
 
 
-def _fill(source: Source, folder: epath.Path, workers: int, part: Part) -> None:
+def _fill(source: Source, folder: epath.Path, threads: int, part: Part) -> None:
     """Copies those tensors of this part that are not yet recorded as finished."""
     entries = source.entries
     # The largest first: dealt out in turn they balance, and no long one is left for the end.
@@ -171,27 +171,15 @@ def _fill(source: Source, folder: epath.Path, workers: int, part: Part) -> None:
     total = sum(entries[tensor.name][1].size for tensor in mine)
     left = sum(entries[tensor.name][1].size for tensor in todo)
     arrays = open_arrays(_step(folder), source.tensors, source.shape.num_hidden_layers)
-    stop = threading.Event()
+
+    def copy(tensor: Tensor, advance: Callable[[int], None]) -> None:
+        file, entry = entries[tensor.name]
+        digest = _copy(source.directory / file, entry, tensor, arrays, advance)
+        record = {"sha256": digest, "modified": modified[file]}
+        write_whole(records / f"{tensor.name}.json", json.dumps(record).encode())
+
     with show_progress("import", total, total - left) as progress:
-
-        def advance(count: int) -> None:
-            if stop.is_set():
-                raise InterruptedError("another tensor failed, or the command was stopped")
-            progress.update(count)
-
-        def copy(tensor: Tensor) -> None:
-            file, entry = entries[tensor.name]
-            digest = _copy(source.directory / file, entry, tensor, arrays, advance)
-            record = {"sha256": digest, "modified": modified[file]}
-            write_whole(records / f"{tensor.name}.json", json.dumps(record).encode())
-
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for future in as_completed([pool.submit(copy, tensor) for tensor in todo]):
-                    future.result()
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+        run_all(copy, todo, threads, progress)
 
 
 def _copy(
@@ -225,10 +213,10 @@ def _finish(source: Source, target: epath.Path, folder: epath.Path, name: str) -
     }
     checkpoint = fingerprint_step(_step(folder))
     manifest = Manifest(name, source.digest, checkpoint, source.shards, sums)
-    write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
     if is_remote(target):
         (_step(folder) / _MARKER).write_text("complete\n")
-    else:
+    write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
+    if not is_remote(target):
         folder.rename(target)
         sync_folder(target.absolute().parent)
     _tidy(target)
