@@ -66,7 +66,7 @@ def restore_state(
 
 
 def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:
-    """Step and weights of a model folder, laid out as `abstract` says; by default the newest.
+    """Step and weights of a model folder, placed and cast as `abstract` says; default: newest.
 
     Raises:
         UserError: the folder holds no checkpoint (of that step), or one of another shape.
@@ -76,7 +76,7 @@ def load_params(folder: Path, abstract: Params, step: int | None = None) -> tupl
         if step is not None and step not in steps:
             raise UserError(f"{folder}: no checkpoint of step {step}; there are {steps}")
         chosen = steps[-1] if step is None else step
-        return chosen, _load(checkpoints, chosen, {"params": abstract})["params"]
+        return chosen, _load(checkpoints, chosen, {"params": abstract}, cast=True)["params"]
 
 
 def open_existing(folder: Path) -> ocp.training.Checkpointer:
@@ -97,13 +97,15 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
     )
 
 
-def _load(checkpoints: ocp.training.Checkpointer, step: int, wanted: dict[str, Any]) -> Any:
+def _load(
+    checkpoints: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], cast: bool = False
+) -> Any:
     place = f"{checkpoints.directory}/{step}"
     stored = checkpoints.checkpointables_metadata(step).metadata
     for name, tree in wanted.items():
         if name not in stored or stored[name] is None:
             raise UserError(f"{place}: has no {name}")
-        _check_same_arrays(f"{place}/{name}", tree, stored[name])
+        _check_same_arrays(f"{place}/{name}", tree, stored[name], cast)
     try:
         return checkpoints.load_checkpointables(step, wanted)
     except Exception as error:
@@ -113,11 +115,13 @@ def _load(checkpoints: ocp.training.Checkpointer, step: int, wanted: dict[str, A
         ) from error
 
 
-def _check_same_arrays(place: str, wanted: Any, stored: Any) -> None:
-    def arrays(tree: Any) -> dict[str, tuple[Any, Any]]:
+def _check_same_arrays(place: str, wanted: Any, stored: Any, cast: bool) -> None:
+    def arrays(tree: Any) -> dict[str, str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(x.shape), str(x.dtype))
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                f"{tuple(x.shape)}" if cast else f"{x.dtype} {tuple(x.shape)}"
+            )
             for path, x in leaves
         }
 

@@ -1,0 +1,98 @@
+"""Checkpoints: what was saved comes back, on another mesh too; what is damaged is named."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpo_jax.config import Checkpoint
+from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.errors import UserError
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.checkpoint import load_params, open_checkpoints, restore_state, save_state
+from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.state import abstract_state, abstract_weights, fingerprint_params, make_state
+from tests.tiny import NETWORK, make_config
+
+TX = make_optimizer(make_config().optim)
+ONE = make_mesh(MeshConfig(), jax.devices()[:1])
+EIGHT = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoints of steps 0 and 3, and the state of step 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    state = make_state(NETWORK, TX, ONE, seed=0)
+    later = dataclasses.replace(state, step=state.step + 3)
+    with open_checkpoints(folder, Checkpoint(keep=2)) as checkpoints:
+        save_state(checkpoints, state)
+        save_state(checkpoints, later)
+        save_state(checkpoints, later)  # a second time: it is there already
+    return folder, later
+
+
+def test_a_state_comes_back_on_any_mesh(saved):
+    folder, state = saved
+    for mesh in (ONE, EIGHT):
+        with open_checkpoints(folder, Checkpoint(keep=2)) as checkpoints:
+            found = restore_state(checkpoints, abstract_state(NETWORK, TX, mesh))
+        assert int(found.step) == 3
+        jax.tree.map(np.testing.assert_array_equal, state, found)
+        kernel = found.params["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.sharding.mesh == mesh
+        assert fingerprint_params(found.params) == fingerprint_params(state.params)
+
+
+def test_the_fingerprint_sees_a_changed_and_a_moved_value(saved):
+    _, state = saved
+    table = state.params["embed"]["table"]
+    for other in (table.at[0, 0].add(1e-6), table[::-1]):
+        changed = {**state.params, "embed": {"table": other}}
+        assert fingerprint_params(changed) != fingerprint_params(state.params)
+
+
+def test_no_checkpoint_is_no_state(tmp_path):
+    with open_checkpoints(tmp_path, Checkpoint()) as checkpoints:
+        assert restore_state(checkpoints, abstract_state(NETWORK, TX, ONE)) is None
+    with pytest.raises(UserError, match="no checkpoint there"):
+        load_params(tmp_path, abstract_weights(NETWORK, ONE))
+
+
+def test_weights_are_loaded_by_step_and_cast(saved):
+    folder, state = saved
+    half = dataclasses.replace(NETWORK, param_dtype="bfloat16")
+    step, params = load_params(folder, abstract_weights(half, EIGHT), step=0)
+    assert step == 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), state.params, params
+    )
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
+        load_params(folder, abstract_weights(NETWORK, ONE), step=7)
+
+
+def test_another_shape_is_refused_by_name(saved):
+    folder, _ = saved
+    wide = dataclasses.replace(NETWORK.shape, intermediate_size=64)
+    other = dataclasses.replace(NETWORK, shape=wide)
+    with pytest.raises(UserError, match=r"layers/mlp/down/kernel is \(3, 48, 32\) there and"):
+        load_params(folder, abstract_weights(other, ONE))
+    half = dataclasses.replace(NETWORK, param_dtype="bfloat16")
+    with (
+        open_checkpoints(folder, Checkpoint(keep=2)) as checkpoints,
+        pytest.raises(UserError, match=r"is float32 .* there and bfloat16"),
+    ):
+        restore_state(checkpoints, abstract_state(half, TX, ONE))
+
+
+def test_a_damaged_checkpoint_is_named(saved, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved[0], folder)
+    largest = max((folder / "checkpoints/3/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="checkpoints/3: cannot be read and may be damaged"):
+        load_params(folder, abstract_weights(NETWORK, ONE))
