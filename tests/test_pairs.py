@@ -84,7 +84,8 @@ def test_responses_end_in_end_of_text(tokenizer):
         *ids, last = record[name].tolist()
         assert tokenizer.decode(ids) == text and last == tokenizer.eos_id
         assert record[name].dtype == np.int32
-    assert ledger.totals == {"prompt_tokens": 2, "chosen_tokens": 2, "rejected_tokens": 2}
+    prompt = len(tokenizer.encode("ab"))
+    assert ledger.totals == {"prompt_tokens": prompt, "chosen_tokens": 2, "rejected_tokens": 2}
 
 
 def test_no_token_crosses_the_border(qwen):
