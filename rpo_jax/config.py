@@ -7,6 +7,7 @@ a string that should have been a number, and nothing is misspelt.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,7 @@ class Fictional:
 
 @dataclass(frozen=True, kw_only=True)
 class Igakuqa:
-    """The Japanese medical licensing exam, from a copy that the user fetched (FACTS in docs)."""
+    """The Japanese medical licensing exam, from a copy that the user fetched."""
 
     directory: str = option("", "folder that holds 2018..2022; empty: $IGAKUQA_DIR")
     train_years: tuple[int, ...] = option((2018, 2019, 2020, 2021), "years trained on")
@@ -387,8 +388,8 @@ def _convert(value: Any, kind: Any) -> tuple[Any, str]:
 def _limit(value: Any, limits: Mapping[str, Any]) -> str:
     if limits["choices"] is not None and value not in limits["choices"]:
         return f"one of {', '.join(limits['choices'])} is wanted"
-    if isinstance(value, float) and value != value:  # NaN passes every comparison below
-        return "a number is wanted"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is wanted"
     if limits["above"] is not None and not value > limits["above"]:
         return f"must be above {limits['above']}"
     if limits["at_least"] is not None and not value >= limits["at_least"]:
@@ -436,8 +437,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
     if not config.init_from and not config.model.shape:
         yield "model.shape is empty, and there is no init_from to take the shape from"
-    if not config.name or "/" in config.name:
-        yield f"name={config.name!r}: a folder name is wanted"
+    if config.name in ("", ".", "..", "data") or set("/\\") & set(config.name):
+        yield f"name={config.name!r}: a folder name is wanted, and not `data`, where records lie"
 
 
 def describe() -> str:

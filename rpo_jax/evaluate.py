@@ -8,11 +8,12 @@ import jax
 from rpo_jax import cli
 from rpo_jax.config import Config
 from rpo_jax.data.records import open_records
-from rpo_jax.prepare import load_tokenizer, prepare
+from rpo_jax.data.tokenizer import read_tokenizer
+from rpo_jax.prepare import prepare
 from rpo_jax.train import build
 from rpo_jax.training.checkpoint import load_params
 from rpo_jax.training.evaluation import find_references, make_evaluate
-from rpo_jax.training.run import check_vocabulary, write_json
+from rpo_jax.training.run import check_same_run, check_vocabulary, write_json
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.training.workload import Workload
 
@@ -27,10 +28,11 @@ def evaluate(work: Workload) -> dict[str, Any]:
     """Held-out means of the newest checkpoint of a run; also written to its evaluation.json.
 
     Raises:
-        UserError: the run has no checkpoint.
+        UserError: the run has no checkpoint, or is of another config.
     """
     config = work.config
-    tokenizer = load_tokenizer(config)
+    check_same_run(config, free=("workdir", "data.", "train.", "mesh.", "log.", "checkpoint."))
+    tokenizer = read_tokenizer(config.folder / "model", config.tokenizer.end_of_text)
     check_vocabulary(config, tokenizer, work.network.shape)
     heldout = open_records(prepare(config, tokenizer).heldout)
     with jax.set_mesh(work.mesh):

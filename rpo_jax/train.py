@@ -10,6 +10,7 @@ import optax
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
 from rpo_jax.data.records import open_records
+from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
@@ -54,7 +55,12 @@ def train(work: Workload) -> dict[str, Any]:
     check_vocabulary(config, tokenizer, network.shape)
     prepared = prepare(config, tokenizer)
     records, heldout = open_records(prepared.train), open_records(prepared.heldout)
-    folder = open_run(config, network.shape, tokenizer)
+    fingerprints = {
+        "the tokenizer": tokenizer.fingerprint,
+        "the training data": records.fingerprint,
+        "the held-out data": heldout.fingerprint,
+    }
+    folder = open_run(config, network.shape, tokenizer, fingerprints)
     tx = make_optimizer(config.optim)
     with (
         jax.set_mesh(mesh),
@@ -70,8 +76,9 @@ def train(work: Workload) -> dict[str, Any]:
         done = int(state.step)
         references = find_references(work, folder, [records, heldout], done, state.params)
         evaluate = make_evaluate(work, abstract.params, heldout, references[1])
-        with MetricLog(folder, config.log, done, to_dict(config)) as log:
-            if not log.has(0, "heldout/loss"):
+        # Nothing saved is nothing done: the curves then start anew, before step 0.
+        with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
+            if done == 0:
                 log.write(0, heldout_names(evaluate(state.params)))
             step = make_step(work, tx, abstract)
             batches = train_batches(work, records, references[0], done)
@@ -95,10 +102,15 @@ def first_state(
 
 def summarise(config: Config, folder: Path, prepared: Prepared) -> dict[str, Any]:
     """Writes and returns what came of a run: held-out measures before and after, and the paths."""
-    lines = [line for line in read_metrics(folder) if "heldout/loss" in line]
+    heldout = {line["step"]: line for line in read_metrics(folder) if "heldout/loss" in line}
+    if not {0, config.train.steps} <= heldout.keys():
+        raise UserError(
+            f"{folder}/metrics.jsonl: the held-out measures of step 0 or {config.train.steps} are "
+            "lost; `rpo_jax.evaluate` measures the checkpoint again"
+        )
     before, after = (
         {name.removeprefix("heldout/"): line[name] for name in line if name.startswith("heldout/")}
-        for line in (lines[0], lines[-1])
+        for line in (heldout[0], heldout[config.train.steps])
     )
     summary = {
         "name": config.name,

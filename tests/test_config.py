@@ -59,7 +59,7 @@ def test_missing_fields_are_all_named():
         (("train.steps", 0), "train.steps=0: must be at least 1"),
         (("rpo.alpha", -0.5), "rpo.alpha=-0.5: must be at least 0.0"),
         (("rpo.beta", 0.0), "rpo.beta=0.0: must be above 0.0"),
-        (("rpo.beta", float("nan")), "rpo.beta=nan: a number is wanted"),
+        (("rpo.beta", float("nan")), "rpo.beta=nan: a finite number is wanted"),
         (("rpo.label_smoothing", 0.5), "rpo.label_smoothing=0.5: must be below 0.5"),
         (("data.max_dropped_share", 2), "data.max_dropped_share=2.0: must be at most 1.0"),
         (("stage", "sft"), "stage='sft': one of cpt, rpo is wanted"),
@@ -74,6 +74,8 @@ def test_missing_fields_are_all_named():
         (("stage", "rpo"), "init_from is empty: stage=rpo prefers against the model it starts"),
         (("model.shape", ""), "model.shape is empty, and there is no init_from"),
         (("name", "a/b"), "name='a/b': a folder name is wanted"),
+        (("name", "data"), "name='data': a folder name is wanted, and not `data`"),
+        (("rpo.beta", float("inf")), "rpo.beta=inf: a finite number is wanted"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

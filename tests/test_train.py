@@ -1,6 +1,7 @@
 """Train, evaluate and study from end to end at the smallest scale, and what they refuse."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     assert after["nll"] < before["nll"]
     for path in summary["paths"].values():
         assert Path(path).exists(), path
+    for file in (workdir / "fictional-base/model").iterdir():
+        assert (folder / "model" / file.name).read_bytes() == file.read_bytes()
     stored = json.loads((folder / "run.json").read_text())
     assert stored["config"]["train"]["steps"] == 12
     assert stored["versions"]["jax"] == jax.__version__
@@ -157,6 +160,8 @@ def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     _, errors = process.communicate(timeout=120)
     if sign == signal.SIGTERM:
         assert process.returncode == 143, errors
+        named = int(re.search(r"stopped at step (\d+), saved", errors)[1])
+        assert (folder / "checkpoints" / str(named)).is_dir()
         assert "SIGTERM: stopped at step" in errors
     assert "Traceback" not in errors
     assert "Involuntary full rematerialization" not in errors
@@ -302,6 +307,21 @@ def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):
     told = refuse(capsys, BASE, base_overrides(workdir, optim__learning_rate=0.5))
     assert "optim.learning_rate: 0.003 -> 0.5" in told
     assert "choose another --config.name" in told
+
+
+def test_a_run_whose_data_changed_is_not_gone_on_with(workdir, tmp_path, files, capsys):
+    train_file, heldout = files
+    arguments = file_overrides(workdir, tmp_path, train_file, heldout)
+    run(RPO, arguments)
+    metrics = (tmp_path / "runs/fictional-rpo/metrics.jsonl").read_text()
+    with train_file.open("a") as file:
+        file.write(json.dumps({**PAIR, "id": "more"}) + "\n")
+    told = refuse(capsys, RPO, arguments)
+    assert "the training data changed since this run began" in told
+    assert (tmp_path / "runs/fictional-rpo/metrics.jsonl").read_text() == metrics
+    # evaluate knows the run by its config, and reads the run's own tokenizer
+    told = refuse(capsys, RPO, [*arguments, "--config.rpo.beta=0.5"], main=evaluate_main)
+    assert "rpo.beta: 0.1 -> 0.5" in told
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_records(tmp_path, capsys):

@@ -79,6 +79,12 @@ def load_params(folder: Path, abstract: Params, step: int | None = None) -> tupl
         return chosen, _load(checkpoints, chosen, {"params": abstract}, cast=True)["params"]
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a model folder holds a finished checkpoint, judged by its folders' names."""
+    path = folder / _FOLDER
+    return path.is_dir() and any(step.name.isdigit() for step in path.iterdir())
+
+
 def open_existing(folder: Path) -> ocp.training.Checkpointer:
     """The checkpoints of a model folder, for reading.
 
@@ -101,17 +107,19 @@ def _load(
     checkpoints: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], cast: bool = False
 ) -> Any:
     place = f"{checkpoints.directory}/{step}"
-    stored = checkpoints.checkpointables_metadata(step).metadata
-    for name, tree in wanted.items():
-        if name not in stored or stored[name] is None:
-            raise UserError(f"{place}: has no {name}")
-        _check_same_arrays(f"{place}/{name}", tree, stored[name], cast)
     try:
+        stored = checkpoints.checkpointables_metadata(step).metadata
+        for name, tree in wanted.items():
+            if name not in stored or stored[name] is None:
+                raise ValueError(f"no {name}")
+            _check_same_arrays(f"{place}/{name}", tree, stored[name], cast)
         return checkpoints.load_checkpointables(step, wanted)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{place}: cannot be read and may be damaged ({type(error).__name__}: {error}); "
-            "delete that folder to go on from the checkpoint before it"
+            "without that folder, the checkpoint before it is used, where there is one"
         ) from error
 
 

@@ -82,15 +82,22 @@ def find_references(
     data = work.config.data
     abstract = with_shardings(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 
+    note = folder / "reference.json"
+
     @functools.cache
     def reference_params() -> Params:
         if step == 0:
             return params
         assert work.config.origin is not None, "the config of an rpo stage has one"
-        return load_params(work.config.origin, abstract)[1]
+        origin = load_params(work.config.origin, abstract)[1]
+        if note.is_file() and json.loads(note.read_text())["weights"] != fingerprint_params(origin):
+            raise UserError(
+                f"{work.config.origin} is not the model that {folder} started from: it was trained "
+                "anew since; choose another --config.name to start from it"
+            )
+        return origin
 
-    note = folder / "reference.json"
-    if not note.is_file():
+    if step == 0 or not note.is_file():
         write_json(note, {"weights": fingerprint_params(reference_params())})
     score = make_score(work, abstract)
 

@@ -78,7 +78,8 @@ def run_steps(
             if save:
                 save_state(checkpoints, state)
                 log.write(done, measure_memory())
-            if stop and done < train.steps:
+            # Only where this step was saved: a signal that came since then waits for the next one.
+            if save and stop:
                 checkpoints.wait()
                 raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
     return state

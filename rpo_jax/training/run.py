@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import platform
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from rpo_jax.config import Config, to_dict
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
+from rpo_jax.training.checkpoint import has_checkpoint
 
 _RUN_FILE = "run.json"
 
@@ -32,7 +34,6 @@ _FREE = (
     "train.keep_logits",
     "train.log_every_steps",
     "train.eval_every_steps",
-    "train.eval_rows",
     "data.max_dropped_share",
     "rpo.term_gradients_every_steps",
 )
@@ -80,40 +81,77 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer, shape: ModelShape) ->
         )
 
 
-def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer) -> Path:
-    """Makes the folder of a run, or checks that the one there is of the same run.
+def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict[str, str]) -> Path:
+    """Makes the folder of a run, or checks that the run which is there is the same one.
 
-    Writes run.json (the resolved config and the versions), model/config.json and the tokenizer.
+    Writes run.json (the resolved config, the fingerprints of the data and the versions) and model/:
+    that of the model the run starts from, unchanged, or a new config.json and the tokenizer. A run
+    that has a checkpoint keeps all of these; one that has none yet may be started otherwise.
+
+    Args:
+        config: of the run.
+        shape: of its network.
+        tokenizer: of its records.
+        data: fingerprints of what it reads, by name.
 
     Raises:
-        UserError: a run of that name is there and differs in more than a run may change.
+        UserError: the run that is there differs in more than a run may change.
     """
     folder = config.folder
-    path = folder / _RUN_FILE
-    asked = json.loads(json.dumps(to_dict(config)))
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{path}: damaged ({error}); restore it or choose another name"
-            ) from error
-        changed = [
-            f"{name}: {old!r} -> {new!r}"
-            for name, old, new in _differences(before, asked)
-            if not name.startswith(_FREE)
-        ]
+    if has_checkpoint(folder):
+        check_same_run(config)
+        before = _read_run(folder)["data"]
+        changed = [name for name in data if data[name] != before.get(name)]
         if changed:
             raise UserError(
-                f"{folder} holds a run with another config ({'; '.join(changed)}); choose another "
-                "--config.name, or delete the folder to start afresh"
+                f"{folder}: {' and '.join(changed)} changed since this run began; restore what it "
+                "was made of, or choose another --config.name"
             )
-    if jax.process_index() == 0:
+    elif jax.process_index() == 0:
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "model" / "config.json", shape_to_hf(shape))
-        tokenizer.save(folder / "model")
-        write_json(path, {"config": asked, "versions": _versions()})
+        if config.origin is None:
+            write_json(folder / "model" / "config.json", shape_to_hf(shape))
+        else:
+            shutil.copytree(config.origin / "model", folder / "model", dirs_exist_ok=True)
+        if config.origin is None or config.tokenizer.path:
+            tokenizer.save(folder / "model")
+        run = {"config": to_dict(config), "data": data, "versions": _versions()}
+        write_json(folder / _RUN_FILE, run)
     return folder
+
+
+def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
+    """Refuses a config that is not the one its run was made with.
+
+    Args:
+        config: names the run.
+        free: dotted names, or beginnings of them, that may differ.
+
+    Raises:
+        UserError: names what differs; or the run's run.json is damaged or missing.
+    """
+    asked = json.loads(json.dumps(to_dict(config)))
+    changed = [
+        f"{name}: {old!r} -> {new!r}"
+        for name, old, new in _differences(_read_run(config.folder)["config"], asked)
+        if not name.startswith(free)
+    ]
+    if changed:
+        raise UserError(
+            f"{config.folder} holds a run with another config ({'; '.join(changed)}); choose "
+            "another --config.name, or delete the folder to start afresh"
+        )
+
+
+def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / _RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {"config": dict(run["config"]), "data": dict(run["data"])}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {folder} is not a run of this program") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it or choose another name") from error
 
 
 def _versions() -> dict[str, str]:
