@@ -277,7 +277,7 @@ def test_missing_things_are_named(workdir, tmp_path, files, capsys):
     assert str(tmp_path / "no.jsonl") in refuse(capsys, RPO, nowhere)
     orphan = rpo_overrides(tmp_path, init_from="fictional-base")
     assert "fictional-base/model/config.json is not there" in refuse(capsys, RPO, orphan)
-    assert "no checkpoint there" in refuse(
+    assert "never is not a run of this program" in refuse(
         capsys, BASE, base_overrides(tmp_path, name="never"), main=evaluate_main
     )
 
