@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face safetensors to a model folder, and back for a release.
 
-    python -m rpo_jax.convert import  --source Qwen/Qwen2.5-0.5B --target qwen
-    python -m rpo_jax.convert verify  --source qwen --against Qwen/Qwen2.5-0.5B
+    python -m rpo_jax.convert import  --source Qwen/Qwen2.5-0.5B --target models/qwen
+    python -m rpo_jax.convert verify  --source models/qwen --against Qwen/Qwen2.5-0.5B
     python -m rpo_jax.convert export  --source runs/rpo --target release
     python -m rpo_jax.convert inspect --source release
 
