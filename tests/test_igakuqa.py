@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from rpo_jax.exams.igakuqa import (
     read_demonstrations,
     read_questions,
     write_questions,
-)
-
-EXAM_DIR = Path(
-    os.environ.get("IGAKUQA_DIR")
-    or Path(__file__).resolve().parents[2] / "shared" / "data" / "igakuqa"
-)
-needs_exam = pytest.mark.skipif(
-    not EXAM_DIR.is_dir(), reason=f"the real exam is not at {EXAM_DIR}; set IGAKUQA_DIR"
 )
 
 GOOD = {
@@ -44,9 +35,8 @@ def write_exam(root: Path, *records: object, metadata: tuple[object, ...] = ()) 
     return root
 
 
-@needs_exam
-def test_real_exam_has_the_published_counts():
-    questions = read_questions(EXAM_DIR)
+def test_real_exam_has_the_published_counts(igakuqa_dir):
+    questions = read_questions(igakuqa_dir)
     assert len(questions) == 2000
     assert sum(q.text_only for q in questions) == 1471
     # The published 1,702 single answers include the 12 numeric ones and "a or d".
@@ -60,9 +50,8 @@ def test_real_exam_has_the_published_counts():
     assert {q.points for q in questions if q.section not in "BE"} <= {0, 1}
 
 
-@needs_exam
-def test_real_exam_oddities_are_normalised():
-    by_id = {q.id: q for q in read_questions(EXAM_DIR)}
+def test_real_exam_oddities_are_normalised(igakuqa_dir):
+    by_id = {q.id: q for q in read_questions(igakuqa_dir)}
     assert by_id["112B30"].answers == ("a or d",)
     assert by_id["112B30"].accepted == (("a",), ("d",))
     assert by_id["112A1"].accepted == (by_id["112A1"].answers,)
@@ -74,12 +63,11 @@ def test_real_exam_oddities_are_normalised():
     assert len(by_id["113F83"].letters) == 8
 
 
-@needs_exam
-def test_real_exam_years_can_be_chosen_and_demonstrations_keep_file_order():
-    questions = read_questions(EXAM_DIR, years=[2022])
+def test_real_exam_years_can_be_chosen_and_demonstrations_keep_file_order(igakuqa_dir):
+    questions = read_questions(igakuqa_dir, years=[2022])
     assert len(questions) == 400
     assert {q.year for q in questions} == {2022}
-    shown = read_demonstrations(EXAM_DIR)
+    shown = read_demonstrations(igakuqa_dir)
     assert [(d.id, d.answers) for d in shown] == [
         ("100E5", ("e",)),
         ("100A60", ("a", "b")),
@@ -88,9 +76,8 @@ def test_real_exam_years_can_be_chosen_and_demonstrations_keep_file_order():
     assert all(d.explanation and d.year is None for d in shown)
 
 
-@needs_exam
-def test_real_exam_survives_a_round_trip(tmp_path):
-    questions, shown = read_questions(EXAM_DIR), read_demonstrations(EXAM_DIR)
+def test_real_exam_survives_a_round_trip(tmp_path, igakuqa_dir):
+    questions, shown = read_questions(igakuqa_dir), read_demonstrations(igakuqa_dir)
     write_questions(tmp_path, questions, shown)
     assert read_questions(tmp_path) == questions
     assert read_demonstrations(tmp_path) == shown

@@ -1,8 +1,6 @@
 """Prompts, byte for byte."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +12,6 @@ from rpo_jax.exams.prompts import (
     FORMATS,
     OFFICIAL_COMPLETION_V1,
     OFFICIAL_V1,
-)
-
-EXAM_DIR = Path(
-    os.environ.get("IGAKUQA_DIR")
-    or Path(__file__).resolve().parents[2] / "shared" / "data" / "igakuqa"
-)
-needs_exam = pytest.mark.skipif(
-    not EXAM_DIR.is_dir(), reason=f"the real exam is not at {EXAM_DIR}; set IGAKUQA_DIR"
 )
 
 ONE = Question("1A1", "丸いのは。", ("玉", "箱"), ("a",), explanation="玉は丸い。")
@@ -98,8 +88,7 @@ def test_names_are_their_keys():
     assert all(name == format_.name for name, format_ in FORMATS.items())
 
 
-@needs_exam
-def test_official_prompt_on_the_real_exam():
+def test_official_prompt_on_the_real_exam(igakuqa_dir):
     def lay_out(record: dict, answer: str | None) -> str:
         text = "問題: " + record["problem_text"]
         for letter, choice in zip("abcdefgh", record["choices"], strict=False):
@@ -109,16 +98,16 @@ def test_official_prompt_on_the_real_exam():
             text += f"\n必ずa,b,c,d,eの中からちょうど{count}個選んでください。\n答え:"
         return text if answer is None else text + "\n" + answer
 
-    with (EXAM_DIR / "prompt.jsonl").open(encoding="utf-8") as file:
+    with (igakuqa_dir / "prompt.jsonl").open(encoding="utf-8") as file:
         shots = [json.loads(line) for line in file]
     raw = {}
-    for path in sorted(EXAM_DIR.glob("20*/???-?.jsonl")):
+    for path in sorted(igakuqa_dir.glob("20*/???-?.jsonl")):
         with path.open(encoding="utf-8") as file:
             raw |= {record["problem_id"]: record for record in map(json.loads, file)}
     head = "\n".join(
         ["医師国家試験を解きます。", *(lay_out(s, ",".join(s["answer"])) for s in shots)]
     )
-    demonstrations = read_demonstrations(EXAM_DIR)
-    for question in read_questions(EXAM_DIR):
+    demonstrations = read_demonstrations(igakuqa_dir)
+    for question in read_questions(igakuqa_dir):
         expected = head + "\n" + lay_out(raw[question.id], None)
         assert OFFICIAL_V1.render(question, demonstrations) == expected
