@@ -1,9 +1,15 @@
 """Who attends to whom, and the attention itself."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# Queries, keys and values of a layer -> its output, and what a caller wants kept of it.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -56,8 +62,9 @@ def attend(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     visible_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, scaled by 1/sqrt(H); logits and softmax in float32."""
-    return jax.nn.dot_product_attention(
+) -> tuple[Float[Array, "B T N H"], None]:
+    """Grouped-query attention, scaled by 1/sqrt(H), logits and softmax float32; keeps nothing."""
+    y_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None], implementation="xla"
     )
+    return y_BTNH, None

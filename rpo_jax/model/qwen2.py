@@ -13,10 +13,10 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rpo_jax.config import Model as ModelConfig
-from rpo_jax.model.attention import attend, rope_frequencies, rotate, visible
+from rpo_jax.model.attention import Attend, attend, rope_frequencies, rotate, visible
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain
 
@@ -90,17 +90,18 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention."""
+    """Grouped-query self-attention; how queries meet keys is a function that is passed in.
+
+    Returns:
+        The output, and what that function keeps.
+    """
 
     network: Network
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        visible_BTT: Bool[Array, "B T T"],
-    ) -> Float[Array, "B T D"]:
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], meet: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
         shape = self.network.shape
         linear = partial(
             Linear, stddev=shape.initializer_range, param_dtype=self.network.param_dtype
@@ -115,8 +116,8 @@ class Attention(nn.Module):
         q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
         k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
         q_BTNH = constrain(q_BTNH, "batch", "row", "act_heads", None)
-        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, visible_BTT)
-        return linear(heads, width, name="o")(y_BTNH)
+        y_BTNH, kept = meet(q_BTNH, k_BTKH, v_BTKH)
+        return linear(heads, width, name="o")(y_BTNH), kept
 
 
 class Mlp(nn.Module):
@@ -138,23 +139,21 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer; returns what `Attention` does."""
 
     network: Network
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        visible_BTT: Bool[Array, "B T T"],
-    ) -> Float[Array, "B T D"]:
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], meet: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
         norm = partial(RMSNorm, self.network.shape.rms_norm_eps, self.network.param_dtype)
         x_BTD = constrain(x_BTD, "batch", "row", "act_embed")
         attention = Attention(self.network, name="attention")
-        x_BTD = x_BTD + attention(norm(name="attention_norm")(x_BTD), positions_BT, visible_BTT)
+        y_BTD, kept = attention(norm(name="attention_norm")(x_BTD), positions_BT, meet)
+        x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + Mlp(self.network, name="mlp")(norm(name="mlp_norm")(x_BTD))
-        return constrain(x_BTD, "batch", "row", "act_embed")
+        return constrain(x_BTD, "batch", "row", "act_embed"), kept
 
 
 class Table(nn.Module):
@@ -184,8 +183,8 @@ def _init_boxed(network: Network, key: Array) -> tuple[Any, Any]:
     keys = jax.random.split(key, 3)
 
     def init_layer(layer_key: Array) -> Any:
-        see = visible(one_BT, one_BT)
-        return Block(network).init(layer_key, x_BTD, one_BT, see)["params"]
+        meet = partial(attend, visible_BTS=visible(one_BT, one_BT))
+        return Block(network).init(layer_key, x_BTD, one_BT, meet)["params"]
 
     norm = RMSNorm(shape.rms_norm_eps, network.param_dtype)
     tied = shape.tie_word_embeddings
@@ -247,24 +246,52 @@ def forward(
     positions_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """Hidden states after the last norm, in the compute dtype; the ids are `visible`'s."""
-    table_VD = params["embed"]["table"].astype(network.compute_dtype)
-    x_BTD = constrain(table_VD, None, "act_embed_lookup")[tokens_BT]
-    x_BTD = constrain(x_BTD, "batch", "row", "act_embed_lookup")
-    see_BTT = visible(segment_ids_BT, branch_ids_BT)
+    x_BTD = embed(network, params, tokens_BT)
+    meet = partial(attend, visible_BTS=visible(segment_ids_BT, branch_ids_BT))
 
-    def layer(x_BTD: Array, weights: Params) -> tuple[Array, None]:
-        block = Block(network)
-        return cast(Array, block.apply({"params": weights}, x_BTD, positions_BT, see_BTT)), None
+    def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
+        return run_layer(network, variables, x_BTD, positions_BT, meet)
 
     if network.remat != "none":
         layer = jax.checkpoint(
             layer, prevent_cse=not network.scan_layers, policy=_REMAT_POLICIES[network.remat]
         )
+    stacked = layer_variables(params)
     if network.scan_layers:
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, params["layers"])
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
     else:
         for index in range(network.shape.num_hidden_layers):
-            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"]))
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+    return normalize(network, params, x_BTD)
+
+
+def layer_variables(params: Params) -> dict[str, Params]:
+    """All that a `Block` is applied with, stacked along a leading axis L."""
+    return {"params": params["layers"]}
+
+
+def run_layer(
+    network: Network,
+    variables: dict[str, Params],
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    meet: Attend,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer with its share of `layer_variables`; also what `meet` keeps."""
+    return cast(tuple[Array, Any], Block(network).apply(variables, x_BTD, positions_BT, meet))
+
+
+def embed(network: Network, params: Params, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """What the first layer reads: a row of the input table a token, in the compute dtype."""
+    table_VD = params["embed"]["table"].astype(network.compute_dtype)
+    x_BTD = constrain(table_VD, None, "act_embed_lookup")[tokens_BT]
+    return constrain(x_BTD, "batch", "row", "act_embed_lookup")
+
+
+def normalize(
+    network: Network, params: Params, x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The norm after the last layer."""
     norm = RMSNorm(network.shape.rms_norm_eps, network.param_dtype)
     return cast(Array, norm.apply({"params": params["norm"]}, x_BTD))
 

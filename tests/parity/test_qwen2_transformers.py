@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from rpo_jax import convert
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.losses.token_logps import Projection, token_logps
-from rpo_jax.model.attention import rope_frequencies, rotate, visible
+from rpo_jax.model.attention import attend, rope_frequencies, rotate, visible
 from rpo_jax.model.qwen2 import Attention, Mlp, Network, RMSNorm, forward, head_table
 from rpo_jax.model.shape import ModelShape, load_shape, parse_shape, shape_to_hf
 from rpo_jax.sharding.mesh import make_mesh
@@ -207,8 +207,8 @@ def test_attention(shape: ModelShape) -> None:
     params = to_params(shape, dict(model.named_parameters()))["layers"]["attention"]
     first = jax.tree.map(lambda leaf: leaf[0], params)
     see = visible(jnp.ones((2, 48), int), jnp.zeros((2, 48), int))
-    got = Attention(Network(shape)).apply(
-        {"params": first}, jnp.asarray(x), jnp.asarray(positions), see
+    got, _ = Attention(Network(shape)).apply(
+        {"params": first}, jnp.asarray(x), jnp.asarray(positions), partial(attend, visible_BTS=see)
     )
     np.testing.assert_allclose(got, want, rtol=0, atol=MODULE_ATOL)
 
