@@ -15,6 +15,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "row": ("seq",),
     "act_embed": (),
     "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_vocab": ("tensor",),
     "act_mlp": ("tensor",),
     # weights
     "layers": (),
