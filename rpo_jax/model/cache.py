@@ -46,14 +46,21 @@ def make_cache(network: Network, rows: int, capacity: int) -> Cache:
     return tuple(KeysValues(empty(), empty()) for _ in range(shape.num_hidden_layers))
 
 
-@jax.jit
 def split_layers(params: Params) -> Params:
-    """The weights with their layers apart, as `forward_cached` takes them: a copy of each layer."""
-    stacked = layer_variables(params)
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers = [jax.tree.map(lambda leaf, i=index: leaf[i], stacked) for index in range(count)]
+    """The weights with their layers apart, as `forward_cached` takes them.
+
+    The layers are copied, the rest is shared; weights that are apart already come back as they are.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
     whole = {name: params[name] for name in ("embed", "norm", "head") if name in params}
-    return whole | {"layers": tuple(layers)}
+    return whole | {"layers": _unstack(layer_variables(params))}
+
+
+@jax.jit
+def _unstack(stacked: Params) -> tuple[Params, ...]:
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
 
 
 def forward_cached(
