@@ -73,6 +73,13 @@ class Model:
         choices=("none", "dots", "full"),
     )
     scan_layers: bool = option(True, "lower one layer and scan it, or unroll all of them")
+    attention: str = option(
+        "dense",
+        "implementation: dense holds the scores of a whole row and runs anywhere; splash is the "
+        "TPU kernel, which holds a block; splash_interpreted is the kernel's program step by step "
+        "on a CPU, to check it",
+        choices=("dense", "splash", "splash_interpreted"),
+    )
     used_vocab_size: int = option(
         0,
         "ids from here on are padding of the tables, no tokens, and have probability 0; 0: every "

@@ -1,12 +1,15 @@
 """Who attends to whom, and the attention itself."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from rpo_jax.model.splash import splash_attend
 
 # Queries, keys and values of a layer -> its output, and what a caller wants kept of it.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -55,6 +58,30 @@ def visible(
     key_branch = branch_ids_BT[:, None, :]
     on_path = (key_branch == 0) | (key_branch == branch_ids_BT[:, :, None])
     return earlier_TS & same_segment & on_path
+
+
+def make_attend(
+    implementation: str,
+    segment_ids_BT: Int[Array, "B T"],
+    branch_ids_BT: Int[Array, "B T"] | None,
+) -> Attend:
+    """How queries meet keys in rows that are read whole, by `model.attention` of the config.
+
+    Args:
+        implementation: dense, splash or splash_interpreted.
+        segment_ids_BT: as in `visible`.
+        branch_ids_BT: as in `visible`; None: all tokens are on the trunk.
+    """
+    if implementation == "dense":
+        trunk_BT = jnp.zeros_like(segment_ids_BT)
+        branch_ids_BT = trunk_BT if branch_ids_BT is None else branch_ids_BT
+        return partial(attend, visible_BTS=visible(segment_ids_BT, branch_ids_BT))
+    return partial(
+        splash_attend,
+        segment_ids_BT=segment_ids_BT,
+        branch_ids_BT=branch_ids_BT,
+        interpret=implementation == "splash_interpreted",
+    )
 
 
 def attend(

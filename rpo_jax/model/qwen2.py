@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rpo_jax.config import Model as ModelConfig
-from rpo_jax.model.attention import Attend, attend, rope_frequencies, rotate, visible
+from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain
 
@@ -37,12 +37,18 @@ class Network:
     compute_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    attention: str = "dense"
 
 
 def make_network(shape: ModelShape, config: ModelConfig) -> Network:
     """The network that a config asks for."""
     return Network(
-        shape, config.param_dtype, config.compute_dtype, config.remat, config.scan_layers
+        shape,
+        config.param_dtype,
+        config.compute_dtype,
+        config.remat,
+        config.scan_layers,
+        config.attention,
     )
 
 
@@ -183,7 +189,7 @@ def _init_boxed(network: Network, key: Array) -> tuple[Any, Any]:
     keys = jax.random.split(key, 3)
 
     def init_layer(layer_key: Array) -> Any:
-        meet = partial(attend, visible_BTS=visible(one_BT, one_BT))
+        meet = make_attend("dense", one_BT, None)
         return Block(network).init(layer_key, x_BTD, one_BT, meet)["params"]
 
     norm = RMSNorm(shape.rms_norm_eps, network.param_dtype)
@@ -242,12 +248,12 @@ def forward(
     params: Params,
     tokens_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
-    branch_ids_BT: Int[Array, "B T"],
+    branch_ids_BT: Int[Array, "B T"] | None,
     positions_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the last norm, in the compute dtype; the ids are `visible`'s."""
+    """Hidden states after the last norm, in the compute dtype; the ids are `make_attend`'s."""
     x_BTD = embed(network, params, tokens_BT)
-    meet = partial(attend, visible_BTS=visible(segment_ids_BT, branch_ids_BT))
+    meet = make_attend(network.attention, segment_ids_BT, branch_ids_BT)
 
     def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
         return run_layer(network, variables, x_BTD, positions_BT, meet)

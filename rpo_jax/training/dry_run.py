@@ -39,6 +39,7 @@ def describe_run(work: Workload) -> str:
         "parameters": f"{count_params(work.network):,}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         + f" over {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "attention": f"{config.model.attention}, remat {config.model.remat}",
         "batch": f"{rows} rows of {row_tokens} = {rows * row_tokens:,} tokens, "
         f"in {config.train.micro_batches} micro-batches",
         "steps": f"{config.train.steps:,}, at most "

@@ -66,7 +66,7 @@ def target_logps(
         params,
         batch["tokens"],
         batch["segment_ids"],
-        batch.get("branch_ids", jnp.zeros_like(batch["tokens"])),
+        batch.get("branch_ids"),
         batch["positions"],
     )
     if "target_index" in batch:

@@ -27,6 +27,7 @@ _FREE = (
     "log.",
     "checkpoint.",
     "mesh.",
+    "model.attention",
     "model.remat",
     "model.scan_layers",
     "train.micro_batches",

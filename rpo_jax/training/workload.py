@@ -15,6 +15,7 @@ from rpo_jax.data.records import Records
 from rpo_jax.data.rows import pair_row, text_row
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network
+from rpo_jax.model.splash import LANES
 from rpo_jax.training.objective import (
     Hyper,
     Objective,
@@ -49,8 +50,8 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
     """Builds the stage of a config.
 
     Raises:
-        UserError: the rows of a micro-batch do not divide over the mesh, or more ids are said to
-            be used than there are.
+        UserError: the rows of a micro-batch do not divide over the mesh, more ids are said to be
+            used than there are, or attention is asked for that the devices or the rows cannot have.
     """
     used, rows = config.model.used_vocab_size, network.shape.vocab_size
     if used > rows:
@@ -70,7 +71,29 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
         objective = make_rpo_objective(network, config.rpo, make_projection(config))
         make_row = partial(_make_pair_row, config)
     hyper = make_hyper(config.rpo, config.optim.learning_rate)
-    return Workload(config, network, mesh, objective, hyper, make_row)
+    work = Workload(config, network, mesh, objective, hyper, make_row)
+    if config.model.attention != "dense":
+        _check_splash(work)
+    return work
+
+
+def _check_splash(work: Workload) -> None:
+    """Refuses the TPU kernel where it cannot run."""
+    name, mesh = work.config.model.attention, work.mesh
+    platform = mesh.devices.flat[0].platform
+    wanted = "tpu" if name == "splash" else "cpu"
+    if platform != wanted:
+        raise UserError(
+            f"model.attention={name!r} runs on {wanted} devices, these are {platform}: choose "
+            "dense, or splash on TPUs"
+        )
+    length = example_batch(work)["tokens"].shape[1]
+    if length % (LANES * mesh.shape["seq"]):
+        raise UserError(
+            f"model.attention={name!r}: rows of {length} tokens over mesh.seq={mesh.shape['seq']}; "
+            f"a multiple of {LANES} on each device is wanted: change data.row_length (cpt), or "
+            "data.prompt_length and data.response_length (rpo)"
+        )
 
 
 def _make_pair_row(config: Config, record: Mapping[str, Any]) -> Rows:
