@@ -30,7 +30,7 @@ from rpo_jax.weights.exporting import Weights, export_weights, open_weights, ver
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor
 from rpo_jax.weights.release import make_card
-from rpo_jax.weights.source import KEPT_FILES, open_source
+from rpo_jax.weights.source import KEPT_FILES, Source, open_source
 from rpo_jax.weights.store import DTYPES
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
@@ -40,14 +40,14 @@ _TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an a
 
 def import_command(args: argparse.Namespace) -> None:
     """Hugging Face safetensors -> a model folder."""
-    source = open_source(find_source(args.source, args.revision))
-    done = import_weights(
-        source, epath.Path(args.target), args.ram_budget_gib, args.part, args.source
-    )
-    if done:
+    source = find_source(args.source, args.revision)
+    if import_weights(source, epath.Path(args.target), args.ram_budget_gib, args.part):
         print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
     else:
-        print(f"part {args.part.index} of {args.part.count} is done, others are not yet")
+        print(
+            f"part {args.part.index} of {args.part.count} is done; others are not yet, and the "
+            "last of them gives the folder its name"
+        )
 
 
 def export_command(args: argparse.Namespace) -> None:
@@ -75,12 +75,14 @@ def export_command(args: argparse.Namespace) -> None:
 def verify_command(args: argparse.Namespace) -> None:
     """Reads all weights against the checksums of their import; --against compares logits too."""
     weights = open_weights(epath.Path(args.source), args.step)
+    peer = (
+        make_peer(weights, args.against, _read_text(args.text) or _TEXT) if args.against else None
+    )
     verify_checksums(weights, args.ram_budget_gib)
     found = "every checksum agrees" if weights.sums else "readable and finite"
     print(f"{weights.folder_of_step}: {found}")
-    if args.against:
-        text = _read_text(args.text) or _TEXT
-        furthest = compare_logits(weights, args.against, text)
+    if peer:
+        furthest = peer()
         print(f"logits differ from those of {args.against} by at most {furthest:.1e}")
         if furthest > args.tolerance:
             raise UserError(f"{args.source}: that is more than --tolerance={args.tolerance}")
@@ -94,7 +96,7 @@ def inspect_command(args: argparse.Namespace) -> None:
         shape, dtype, tensors = weights.shape, weights.arrays.dtype, list(weights.tensors.values())
         print(f"{weights.folder_of_step}: checkpoint of {_origin(weights, 'a run')}")
     else:
-        source = open_source(find_source(args.source, args.revision))
+        source = find_source(args.source, args.revision)
         shape, dtype, tensors = source.shape, source.dtype, list(source.tensors)
         print(f"{source.directory}: safetensors")
         for shard in source.shards:
@@ -104,37 +106,52 @@ def inspect_command(args: argparse.Namespace) -> None:
     print(f"  {len(tensors)} tensors, {_count(tensors):,} parameters, {dtype}")
 
 
-def find_source(source: str, revision: str | None) -> epath.Path:
+def find_source(source: str, revision: str | None = None) -> Source:
     """A folder as it is; a hub id is fetched into the hub's cache, which keeps what has arrived.
 
     Raises:
-        UserError: neither a folder nor a hub id, or the download failed.
+        UserError: neither a folder nor a hub id, the download failed, or it is no Qwen2 checkpoint.
     """
     if epath.Path(source).is_dir() or not _HUB_ID.fullmatch(source):
-        return epath.Path(source)
+        return open_source(epath.Path(source))
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise UserError(
-            f"--source={source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
+            f"{source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
         ) from error
     try:
         files = [*KEPT_FILES, "*.safetensors"]
-        return epath.Path(snapshot_download(source, revision=revision, allow_patterns=files))
+        folder = snapshot_download(source, revision=revision, allow_patterns=files)
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{source}: no such folder, and the hub cannot be reached; files that arrived are "
+            "kept: give the same command again where there is a network"
+        ) from error
     except Exception as error:  # whatever the hub or the network made of it is no bug of ours
         raise UserError(
-            f"--source={source}: no such folder, and the hub did not give it ({error}); files that "
+            f"{source}: no such folder, and the hub did not give it ({error}); files that "
             "arrived are kept: give the same command again"
         ) from error
+    return open_source(epath.Path(folder), hub_id=source)
 
 
-def compare_logits(weights: Weights, against: str, text: str) -> float:
-    """The largest difference of any logit on a text, both in float32.
+def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
+    """Checks all that a comparison of logits with transformers needs; what it returns compares.
 
-    Both models lie in memory whole. Needs torch and transformers.
+    Both models lie in memory whole, in float32. Needs torch and transformers.
+
+    Args:
+        weights: our side.
+        against: a folder or hub id: the other side.
+        text: what both read.
+
+    Returns:
+        A function that gives the largest difference of any logit.
 
     Raises:
-        UserError: they are not installed, or there is no tokenizer.json to read the text with.
+        UserError: they are not installed, `against` is not such a model, or there is no
+            tokenizer.json to read the text with.
     """
     try:
         import torch
@@ -143,19 +160,30 @@ def compare_logits(weights: Weights, against: str, text: str) -> float:
         raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
     from tokenizers import Tokenizer
 
+    peer = find_source(against)
+    if peer.shape != weights.shape:
+        raise UserError(f"--against={against}: has another shape than {weights.folder}")
     tokenizer = weights.folder / "model" / "tokenizer.json"
     if not tokenizer.exists():
         raise UserError(f"{tokenizer}: no such file; without it the text cannot become tokens")
     tokens = np.array([Tokenizer.from_file(str(tokenizer)).encode(text).ids])
-    network = Network(weights.shape, param_dtype=DTYPES[weights.arrays.dtype].name)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=1, tensor=1), jax.devices()[:1])
-    _, params = load_params(Path(weights.folder), abstract_weights(network, mesh), weights.step)
-    ours = _logits(network, params, tokens)
-    del params
-    model = transformers.AutoModelForCausalLM.from_pretrained(against, dtype=torch.float32)
-    with torch.no_grad():
-        theirs = model(torch.tensor(tokens)).logits.numpy()
-    return float(np.max(np.abs(ours - theirs)))
+    if not tokens.size:
+        raise UserError(f"{tokenizer}: makes no tokens of the text; give another --text")
+
+    def compare() -> float:
+        network = Network(weights.shape, param_dtype=DTYPES[weights.arrays.dtype].name)
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=1, tensor=1), jax.devices()[:1])
+        _, params = load_params(Path(weights.folder), abstract_weights(network, mesh), weights.step)
+        ours = _logits(network, params, tokens)
+        del params
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(peer.directory), dtype=torch.float32
+        )
+        with torch.no_grad():
+            theirs = model(torch.tensor(tokens)).logits.numpy()
+        return float(np.max(np.abs(ours - theirs)))
+
+    return compare
 
 
 def _logits(network: Network, params: dict, tokens: np.ndarray) -> np.ndarray:

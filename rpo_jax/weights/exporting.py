@@ -1,12 +1,11 @@
 """From a model folder to a Hugging Face checkpoint, or through all its bytes to check them.
 
-Work goes on in `<target>.partial`; a shard gets its name when it is whole, so that a repeated run
-goes on with the first shard that is not. In a bucket, shards are written in place and the index
-last.
+Work goes on in a workplace (`workplace.py`); a shard gets its name when it is whole, so that a
+repeated run goes on with the first shard that is not. In a bucket an object is there whole or not
+at all.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from rpo_jax.weights.flow import (
     read_ahead,
     run_all,
     show_progress,
-    sync_folder,
     write_steadily,
     write_whole,
 )
@@ -51,9 +49,18 @@ from rpo_jax.weights.store import (
     cut_pieces,
     open_arrays,
 )
+from rpo_jax.weights.workplace import (
+    MARKER,
+    check_plan,
+    claim,
+    find_workplace,
+    give_name,
+    hold,
+    refuse_unfinished,
+    tidy,
+)
 
 _SHARD_BYTES = 4 * 10**9
-_PLAN = "export.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
     Raises:
         UserError: no such step, unreadable, or not the model that model/config.json describes.
     """
+    refuse_unfinished(folder)
     config = folder / "model" / "config.json"
     shape = parse_shape(read_json(config), str(config))
     root = folder / CHECKPOINTS
@@ -118,13 +126,36 @@ def export_weights(
         UserError: damaged or non-finite weights, no space, or a target that exists.
     """
     dtype = dtype or weights.arrays.dtype
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target}: is there already; choose another --target")
+    plan = {"export": {"weights": fingerprint_step(weights.folder_of_step), "dtype": dtype}}
+    if not is_remote(target) and (target / MARKER).exists():
+        check_plan(target, plan)  # it was killed with nothing left but this to do
+        tidy(target)
+        return
+    folder = find_workplace(target)
     shards, index = plan_shards(weights, dtype)
-    folder = target if is_remote(target) else target.parent / f"{target.name}.partial"
-    _lay_out(weights, target, folder, shards, dtype)
+    if not folder.exists():
+        check_space(target, sum(shard.size for shard in shards))
+    claim(folder, plan)
+    with hold(folder, alone=True, wait=False) as held:
+        if not held:
+            raise UserError(f"{folder}: another process is at work there")
+        _fill(weights, shards, folder, ram_budget_gib, dtype)
+        files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
+        if index is not None or shards[0].file == SINGLE:
+            files.pop(INDEX, None)
+        if index is not None:
+            files[INDEX] = index
+        for file, data in files.items():
+            write_whole(folder / file, data)
+        give_name(folder, target)
+
+
+def _fill(
+    weights: Weights, shards: list[Shard], folder: epath.Path, ram_budget_gib: float, dtype: str
+) -> None:
+    """Writes those shards that are not there yet."""
     todo = [shard for shard in shards if not (folder / shard.file).exists()]
-    total = sum(shard.size for shard in shards)
+    total, left = (sum(map(_count_data, group)) for group in (shards, todo))
 
     def write_shard(shard: Shard, advance: Callable[[int], None]) -> None:
         draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
@@ -138,21 +169,8 @@ def export_weights(
             draft.rename(folder / shard.file)
 
     threads, ahead = _count_threads(weights, ram_budget_gib, dtype)
-    with show_progress("export", total, total - sum(shard.size for shard in todo)) as progress:
+    with show_progress("export", total, total - left) as progress:
         run_all(write_shard, todo, threads, progress)
-    files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
-    if index is not None or shards[0].file == SINGLE:
-        files.pop(INDEX, None)
-    if index is not None:
-        files[INDEX] = index
-    for file, data in files.items():
-        write_whole(folder / file, data)
-    (folder / _PLAN).unlink()
-    if not is_remote(target):
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-        sync_folder(target.absolute().parent)
 
 
 def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
@@ -168,7 +186,7 @@ def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
             advance(len(block))
 
     threads, ahead = _count_threads(weights, ram_budget_gib, weights.arrays.dtype)
-    with show_progress("verify", sum(shard.size for shard in shards)) as progress:
+    with show_progress("verify", sum(map(_count_data, shards))) as progress:
         run_all(check_shard, shards, threads, progress)
 
 
@@ -208,20 +226,9 @@ def _deal_out(weights: Weights, dtype: str) -> dict[str, list[str]]:
     }
 
 
-def _lay_out(
-    weights: Weights, target: epath.Path, folder: epath.Path, shards: list[Shard], dtype: str
-) -> None:
-    """Makes the folder, or checks that what is there is of this export."""
-    plan = {"weights": fingerprint_step(weights.folder_of_step), "dtype": dtype}
-    if (folder / _PLAN).exists():
-        if read_json(folder / _PLAN) != plan:
-            raise UserError(f"{folder}: holds another unfinished export; delete it to begin anew")
-        return
-    check_space(target, sum(shard.size for shard in shards))
-    if folder.exists() and not is_remote(folder):
-        folder.rmtree()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _PLAN, json.dumps(plan).encode())
+def _count_data(shard: Shard) -> int:
+    """Bytes of a shard's tensors."""
+    return sum(entry.size for entry in shard.entries)
 
 
 def _count_threads(weights: Weights, ram_budget_gib: float, dtype: str) -> tuple[int, int]:

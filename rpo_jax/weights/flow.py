@@ -183,12 +183,3 @@ def write_steadily(path: epath.Path) -> Iterator[Callable[[Any], object]]:
             flushing.result()
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: epath.Path) -> None:
-    """Makes renames in a local folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

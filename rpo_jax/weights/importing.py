@@ -1,21 +1,22 @@
 """From a Hugging Face checkpoint to a model folder.
 
-Work goes on in `<target>.partial` until everything is there; then that folder gets its name. In a
-bucket, where folders cannot be renamed, it goes on in place, and Orbax sees the step once its
-marker is written, last of all. A record of each finished tensor lets a repeated run go on where one
-stopped.
+Work goes on in a workplace (`workplace.py`). Once everything is there, on a disk that folder gets
+its name; in a bucket Orbax sees the step once its marker is written. A record of each finished
+tensor lets a repeated run go on where one stopped.
 
 Several hosts share the work by `Part`: each takes its own tensors and reads only their bytes; part
-1 lays out the folder, and whoever finishes last gives it its name. They need not run at the same
-time.
+1 lays out the folder. They need not run at the same time. A part at work holds the workplace along
+with the others. To finish, a part must hold it alone, so nobody is inside when the folder gets its
+name. And somebody will: a part that is refused leaves behind one that still holds it and has yet to
+try, and the last to try sees the records of all.
 """
 
-import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from etils import epath
 
@@ -28,7 +29,6 @@ from rpo_jax.weights.flow import (
     cut_blocks,
     run_all,
     show_progress,
-    sync_folder,
     write_whole,
 )
 from rpo_jax.weights.manifest import (
@@ -39,8 +39,8 @@ from rpo_jax.weights.manifest import (
     read_manifest,
 )
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES, Entry, is_remote, open_data
-from rpo_jax.weights.source import KEPT_FILES, Source
+from rpo_jax.weights.shards import ITEM_BYTES, Entry, is_remote, read_bytes
+from rpo_jax.weights.source import KEPT_FILES, Source, fingerprint_files
 from rpo_jax.weights.store import (
     CHECKPOINTS,
     DTYPES,
@@ -49,9 +49,19 @@ from rpo_jax.weights.store import (
     cut_pieces,
     open_arrays,
 )
+from rpo_jax.weights.workplace import (
+    RECORDS,
+    check_plan,
+    claim,
+    clear,
+    find_workplace,
+    give_name,
+    hold,
+    list_differences,
+    tidy,
+)
 
-_PLAN = "import.json"
-_RECORDS = "finished"
+_LAYOUT = "layout"  # the record that the arrays are there to be filled
 _MARKER = "commit_success.txt"  # what Orbax looks for in a bucket
 _PATIENCE_S = 600.0
 
@@ -64,9 +74,7 @@ class Part:
     count: int = 1
 
 
-def import_weights(
-    source: Source, target: epath.Path, ram_budget_gib: float, part: Part, name: str
-) -> bool:
+def import_weights(source: Source, target: epath.Path, ram_budget_gib: float, part: Part) -> bool:
     """Writes this host's part of a model folder.
 
     Args:
@@ -74,63 +82,78 @@ def import_weights(
         target: the model folder; left alone if it holds this very import already.
         ram_budget_gib: anonymous memory of this process, GiB.
         part: this host's share.
-        name: what to call the source in the manifest, e.g. its hub id.
 
     Returns:
-        Whether the folder is complete; False while other parts are at work.
+        Whether the folder is complete; False while other parts have work to do.
 
     Raises:
-        UserError: bad data, no space, a target that exists, or leftovers of another import.
+        UserError: bad data, no space, a target that exists, leftovers of another import, or a
+            source that changed meanwhile.
     """
-    if _is_done(source, target):
-        _tidy(target)
+    files = fingerprint_files(source)
+    if _is_done(source, files, target):
+        with hold(target, alone=True) as held:
+            if held:
+                tidy(target)
         return True
-    if not is_remote(target) and target.exists():
-        raise UserError(
-            f"{target}: is there already and no finished import; choose another --target"
-        )
+    folder = find_workplace(target)
     threads = count_threads(count_pieces(ram_budget_gib, source.tensors, source.dtype))
-    folder = target if is_remote(target) else target.parent / f"{target.name}.partial"
+    plan = {"import": files}
     if part.index == 1:
-        _lay_out(source, target, folder)
+        _lay_out(source, target, folder, plan)
     else:
-        _wait_for(folder / _PLAN)
-    _check_plan(source, folder)
-    _fill(source, folder, threads, part)
-    try:
-        return _finish(source, target, folder, name)
-    except FileNotFoundError:
-        # Another part finished at the same moment and has just given the folder its name.
-        if _is_done(source, target):
-            return True
-        raise
+        _wait_for(folder / RECORDS / _LAYOUT)
+    with hold(folder, alone=False) as held:
+        if held:
+            check_plan(folder, plan)
+            _fill(source, folder, threads, part)
+            changed = list_differences(files, fingerprint_files(source))
+            if changed:
+                raise UserError(
+                    f"{source.name}: {', '.join(changed[:5])} changed while it was read; delete "
+                    f"{folder} and begin anew"
+                )
+    with hold(folder, alone=True, wait=False) as held:
+        if held:
+            _finish(source, files, target, folder)
+    return _is_done(source, files, target)
 
 
-def _is_done(source: Source, target: epath.Path) -> bool:
+def _is_done(source: Source, files: dict[str, str], target: epath.Path) -> bool:
     manifest = read_manifest(target)
     if manifest is None:
         return False
-    if manifest.digest != source.digest:
-        raise UserError(f"{target}: holds another model already; choose another --target")
+    changed = list_differences(manifest.files, files)
+    if changed:
+        raise UserError(
+            f"{target}: holds an import of {manifest.source} already, and {source.name} has "
+            f"another {', '.join(changed[:5])}; choose another --target"
+        )
+    if not _step(target).exists() or fingerprint_step(_step(target)) != manifest.checkpoint:
+        raise UserError(f"{target}: holds a run that began with this; choose another --target")
     return True
 
 
-def _lay_out(source: Source, target: epath.Path, folder: epath.Path) -> None:
-    """Makes the folder, its arrays still empty, unless it is there; the plan is written last."""
-    if (folder / _PLAN).exists():
+def _lay_out(source: Source, target: epath.Path, folder: epath.Path, plan: dict[str, Any]) -> None:
+    """Makes the folder, its arrays still empty, unless it is there."""
+    if not folder.exists():
+        check_space(target, sum(shard.size for shard in source.shards))
+    claim(folder, plan)
+    if (folder / RECORDS / _LAYOUT).exists():
         return
-    check_space(target, sum(shard.size for shard in source.shards))
-    if folder.exists():
-        folder.rmtree()
-    (folder / "model").mkdir(parents=True)
-    (folder / _RECORDS).mkdir()
-    for file in KEPT_FILES:
-        if (source.directory / file).exists():
-            write_whole(folder / "model" / file, (source.directory / file).read_bytes())
-    create(folder, source.tensors, source.shape.num_hidden_layers, source.dtype)
-    if is_remote(folder):
-        (_step(folder) / _MARKER).unlink()
-    write_whole(folder / _PLAN, json.dumps({"digest": source.digest}).encode())
+    with hold(folder, alone=True) as held:
+        if not held or (folder / RECORDS / _LAYOUT).exists():  # somebody else was quicker
+            return
+        clear(folder)
+        (folder / "model").mkdir(parents=True)
+        (folder / RECORDS).mkdir()
+        for file in KEPT_FILES:
+            if (source.directory / file).exists():
+                write_whole(folder / "model" / file, (source.directory / file).read_bytes())
+        create(folder, source.tensors, source.shape.num_hidden_layers, source.dtype)
+        if is_remote(folder):
+            (_step(folder) / _MARKER).unlink()
+        write_whole(folder / RECORDS / _LAYOUT, b"")
 
 
 def _wait_for(path: epath.Path) -> None:
@@ -139,13 +162,6 @@ def _wait_for(path: epath.Path) -> None:
         if time.monotonic() > give_up:
             raise UserError(f"{path} is not there after {_PATIENCE_S:.0f} s; start --part=1/n too")
         time.sleep(0.2)
-
-
-def _check_plan(source: Source, folder: epath.Path) -> None:
-    if json.loads((folder / _PLAN).read_text())["digest"] != source.digest:
-        raise UserError(
-            f"{folder}: holds an unfinished import of another checkpoint; delete it to begin anew"
-        )
 
 
 def _step(folder: epath.Path) -> epath.Path:
@@ -158,16 +174,9 @@ def _fill(source: Source, folder: epath.Path, threads: int, part: Part) -> None:
     # The largest first: dealt out in turn they balance, and no long one is left for the end.
     ranked = sorted(source.tensors, key=lambda tensor: -entries[tensor.name][1].size)
     mine = ranked[part.index - 1 :: part.count]
-    modified = {s.file: (source.directory / s.file).stat().mtime for s in source.shards}
-    records = folder / _RECORDS
-
-    def finished(tensor: Tensor) -> bool:
-        path = records / f"{tensor.name}.json"
-        # A file that changed since the tensor was copied has to be read again.
-        changed = modified[entries[tensor.name][0]]
-        return path.exists() and json.loads(path.read_text())["modified"] == changed
-
-    todo = [tensor for tensor in mine if not finished(tensor)]
+    records = folder / RECORDS
+    finished = {path.name for path in records.iterdir()}
+    todo = [tensor for tensor in mine if tensor.name not in finished]
     total = sum(entries[tensor.name][1].size for tensor in mine)
     left = sum(entries[tensor.name][1].size for tensor in todo)
     arrays = open_arrays(_step(folder), source.tensors, source.shape.num_hidden_layers)
@@ -175,8 +184,7 @@ def _fill(source: Source, folder: epath.Path, threads: int, part: Part) -> None:
     def copy(tensor: Tensor, advance: Callable[[int], None]) -> None:
         file, entry = entries[tensor.name]
         digest = _copy(source.directory / file, entry, tensor, arrays, advance)
-        record = {"sha256": digest, "modified": modified[file]}
-        write_whole(records / f"{tensor.name}.json", json.dumps(record).encode())
+        write_whole(records / tensor.name, digest.encode())
 
     with show_progress("import", total, total - left) as progress:
         run_all(copy, todo, threads, progress)
@@ -187,11 +195,11 @@ def _copy(
 ) -> str:
     """Copies one tensor; SHA-256 of its bytes in the file."""
     digest = hashlib.sha256()
-    with contextlib.closing(open_data(path)) as data:
+    with path.open("rb") as file:
         start = entry.start
         for piece in cut_pieces(tensor, entry.dtype):
             stop = start + piece.elements * ITEM_BYTES[entry.dtype]
-            raw = data.read(start, stop)
+            raw = read_bytes(file, start, stop, str(path))
             rows = raw.view(DTYPES[entry.dtype]).reshape(piece.hf_shape)
             for block in cut_blocks(rows):
                 digest.update(block.data)
@@ -202,29 +210,24 @@ def _copy(
     return digest.hexdigest()
 
 
-def _finish(source: Source, target: epath.Path, folder: epath.Path, name: str) -> bool:
-    """Gives the folder its name, if no part has anything left to do."""
-    records = folder / _RECORDS
-    if {path.name for path in records.iterdir()} < {f"{t.name}.json" for t in source.tensors}:
-        return False
-    sums = {
-        tensor.name: json.loads((records / f"{tensor.name}.json").read_text())["sha256"]
-        for tensor in source.tensors
-    }
+def _finish(source: Source, files: dict[str, str], target: epath.Path, folder: epath.Path) -> None:
+    """Makes the folder, held alone, the target, if no part has anything left to do."""
+    records = folder / RECORDS
+    names = [tensor.name for tensor in source.tensors]
+    try:
+        if not {path.name for path in records.iterdir()}.issuperset(names):
+            return
+        with ThreadPoolExecutor(16) as pool:
+            sums = dict(
+                zip(names, pool.map(lambda n: (records / n).read_text(), names), strict=True)
+            )
+    except FileNotFoundError:
+        if not is_remote(folder):
+            raise
+        return  # in a bucket, records go when another part has finished
     checkpoint = fingerprint_step(_step(folder))
-    manifest = Manifest(name, source.digest, checkpoint, source.shards, sums)
+    manifest = Manifest(source.name, source.commit, files, checkpoint, source.shards, sums)
     if is_remote(target):
         (_step(folder) / _MARKER).write_text("complete\n")
     write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
-    if not is_remote(target):
-        folder.rename(target)
-        sync_folder(target.absolute().parent)
-    _tidy(target)
-    return True
-
-
-def _tidy(target: epath.Path) -> None:
-    """Removes what only an unfinished import needs."""
-    if (target / _RECORDS).exists():
-        (target / _RECORDS).rmtree(missing_ok=True)
-    (target / _PLAN).unlink(missing_ok=True)
+    give_name(folder, target)

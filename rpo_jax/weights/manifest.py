@@ -18,15 +18,17 @@ class Manifest:
     """The record of an import.
 
     Attributes:
-        source: where it came from: a folder or a hub id.
-        digest: identity of that checkpoint's layout, `Source.digest`.
+        source: where it came from: a hub id, or a folder.
+        commit: of the hub; empty for a folder.
+        files: what told its files from others of those names, see `fingerprint_files`.
         checkpoint: fingerprint of the step that the checksums are of, see `fingerprint_step`.
         shards: the files, with their headers as they were.
         sums: SHA-256 of the bytes of each tensor.
     """
 
     source: str
-    digest: str
+    commit: str
+    files: dict[str, str]
     checkpoint: str
     shards: tuple[Shard, ...]
     sums: dict[str, str]
@@ -41,7 +43,8 @@ def dump_manifest(manifest: Manifest) -> bytes:
     """The manifest as JSON."""
     values = {
         "source": manifest.source,
-        "digest": manifest.digest,
+        "commit": manifest.commit,
+        "files": manifest.files,
         "checkpoint": manifest.checkpoint,
         "shards": [{"file": shard.file, "header": shard.header} for shard in manifest.shards],
         "tensors": {
@@ -76,7 +79,8 @@ def read_manifest(folder: epath.Path, tensors: Collection[str] | None = None) ->
         sums = {name: tensor["sha256"] for name, tensor in values["tensors"].items()}
         manifest = Manifest(
             source=str(values["source"]),
-            digest=str(values["digest"]),
+            commit=str(values["commit"]),
+            files={name: str(mark) for name, mark in values["files"].items()},
             checkpoint=str(values["checkpoint"]),
             shards=tuple(shards),
             sums=sums,

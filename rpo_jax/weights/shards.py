@@ -2,9 +2,9 @@
 
 import json
 import math
-import mmap
+import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -57,7 +57,7 @@ def read_shard(path: epath.Path) -> Shard:
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder, a safetensors file is wanted")
-    size = path.stat().length
+    size, _ = stat_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(size - 8, _LONGEST_HEADER):
@@ -167,41 +167,29 @@ def read_index(directory: epath.Path) -> dict[str, set[str]]:
     return files
 
 
-@dataclass(frozen=True)
-class Data:
-    """The bytes of a file. A local one is mapped: a copy less, and no anonymous memory."""
+def read_bytes(file: IO[bytes], start: int, stop: int, where: str) -> np.ndarray:
+    """Bytes `start` to `stop` of an open file.
 
-    path: epath.Path
-    file: BinaryIO
-    mapped: mmap.mmap | None
+    Read, not mapped: a mapped file that somebody cuts short kills the process.
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop`.
-
-        Raises:
-            UserError: the file is not that long any more.
-        """
-        if self.mapped is not None:
-            return np.frombuffer(self.mapped, np.uint8, stop - start, start)
-        self.file.seek(start)
-        raw = np.frombuffer(self.file.read(stop - start), np.uint8)
-        if raw.size < stop - start:
-            raise UserError(f"{self.path}: ends before byte {stop}; was it changed meanwhile?")
-        return raw
-
-    def close(self) -> None:
-        """Closes the file; a mapping goes with the last array over it."""
-        self.file.close()
+    Raises:
+        UserError: the file is not that long any more.
+    """
+    file.seek(start)
+    raw = np.frombuffer(file.read(stop - start), np.uint8)
+    if raw.size < stop - start:
+        raise UserError(f"{where}: ends before byte {stop}; was it changed meanwhile?")
+    return raw
 
 
-def open_data(path: epath.Path) -> Data:
-    """Opens a file for `Data.read`."""
-    file = path.open("rb")
+def stat_file(path: epath.Path) -> tuple[int, int]:
+    """Size in bytes, and a number that is another after each change of the file."""
     if is_remote(path):
-        return Data(path, file, None)
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_SEQUENTIAL)
-    return Data(path, file, mapped)
+        stats = path.stat()
+        return stats.length, stats.mtime
+    # epath knows whole seconds only, and asks for the owner's name, which a container may lack.
+    local = os.stat(path)
+    return local.st_size, local.st_mtime_ns
 
 
 def is_remote(path: epath.Path) -> bool:

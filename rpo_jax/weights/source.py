@@ -10,7 +10,7 @@ from etils import epath
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, parse_shape
 from rpo_jax.weights.names import Tensor, list_tensors
-from rpo_jax.weights.shards import INDEX, Entry, Shard, read_index, read_json, read_shard
+from rpo_jax.weights.shards import INDEX, Entry, Shard, read_index, read_json, read_shard, stat_file
 
 # What is kept beside the weights, byte for byte, and goes out again with an export.
 KEPT_FILES = (
@@ -32,9 +32,21 @@ KEPT_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A Qwen2 checkpoint in safetensors whose tensors are exactly those of its config."""
+    """A Qwen2 checkpoint in safetensors whose tensors are exactly those of its config.
+
+    Attributes:
+        directory: where its files are.
+        name: what to call it: its hub id, or the folder.
+        commit: of the hub; empty for a folder.
+        shape: from its config.
+        dtype: of every tensor.
+        shards: its files of tensors.
+        tensors: what is in them, in our order.
+    """
 
     directory: epath.Path
+    name: str
+    commit: str
     shape: ModelShape
     dtype: str
     shards: tuple[Shard, ...]
@@ -45,17 +57,35 @@ class Source:
         """File and place of each tensor."""
         return {entry.name: (shard.file, entry) for shard in self.shards for entry in shard.entries}
 
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the layout: config and headers, not the values."""
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for shard in self.shards:
-            digest.update(f"\n{shard.file}\n{shard.header}".encode())
-        return digest.hexdigest()
+
+def fingerprint_files(source: Source) -> dict[str, str]:
+    """What tells each file from another by that name, as far as can be told without reading it all.
+
+    That is the commit of a file from the hub. Otherwise it is the header, size and time of change
+    of a shard, and the content of a small file.
+    """
+    names = [shard.file for shard in source.shards]
+    names += [name for name in KEPT_FILES if (source.directory / name).exists()]
+    if source.commit:
+        return dict.fromkeys(names, source.commit)
+    headers = {shard.file: shard.header.encode() for shard in source.shards}
+
+    def fingerprint(name: str) -> str:
+        path = source.directory / name
+        if name not in headers:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        size, changed = stat_file(path)
+        return f"{hashlib.sha256(headers[name]).hexdigest()} {size} bytes, {changed}"
+
+    return {name: fingerprint(name) for name in names}
 
 
-def open_source(directory: epath.Path) -> Source:
+def open_source(directory: epath.Path, hub_id: str = "") -> Source:
     """Reads config, index and headers, and checks every name, dtype and shape.
+
+    Args:
+        directory: a folder; if the hub's cache made it, it is named for the commit.
+        hub_id: of what the hub's cache put there.
 
     Raises:
         UserError: not a Qwen2 checkpoint; a file or tensor is missing, extra, cut short or of
@@ -77,7 +107,8 @@ def open_source(directory: epath.Path) -> Source:
         shards.append(shard)
     tensors = _match(directory, shape, shards)
     dtype = next(entry.dtype for shard in shards for entry in shard.entries)
-    return Source(directory, shape, dtype, tuple(shards), tuple(tensors))
+    name, commit = (hub_id, directory.name) if hub_id else (str(directory), "")
+    return Source(directory, name, commit, shape, dtype, tuple(shards), tuple(tensors))
 
 
 def _match(directory: epath.Path, shape: ModelShape, shards: list[Shard]) -> list[Tensor]:
