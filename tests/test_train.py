@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rpo_jax import cli, study
-from rpo_jax.evaluate import main as evaluate_main
+from rpo_jax.evaluate import measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
 from rpo_jax.training.checkpoint import load_params
@@ -125,8 +125,8 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     assert {"tokens_per_s", "tflops", "reward_accuracy", "preference_accuracy"} <= with_rates.keys()
 
     # evaluate finds the same numbers in the checkpoint
-    evaluated = ["evaluate", f"--config={RPO}", *arguments, "--json_line"]
-    cli.run(evaluate_main, evaluated, json_line="")
+    evaluated = ["evaluate", f"--config={RPO}", *arguments, "--json"]
+    cli.run(measure_run, evaluated, json="")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["step"] == 12
     for name, value in after.items():
@@ -278,7 +278,7 @@ def test_missing_things_are_named(workdir, tmp_path, files, capsys):
     orphan = rpo_overrides(tmp_path, init_from="fictional-base")
     assert "fictional-base/model/config.json is not there" in refuse(capsys, RPO, orphan)
     assert "never is not a run of this program" in refuse(
-        capsys, BASE, base_overrides(tmp_path, name="never"), main=evaluate_main
+        capsys, BASE, base_overrides(tmp_path, name="never"), main=measure_run
     )
 
 
@@ -320,7 +320,7 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(workdir, tmp_path, files, 
     assert "the training data changed since this run began" in told
     assert (tmp_path / "runs/fictional-rpo/metrics.jsonl").read_text() == metrics
     # evaluate knows the run by its config, and reads the run's own tokenizer
-    told = refuse(capsys, RPO, [*arguments, "--config.rpo.beta=0.5"], main=evaluate_main)
+    told = refuse(capsys, RPO, [*arguments, "--config.rpo.beta=0.5"], main=measure_run)
     assert "rpo.beta: 0.1 -> 0.5" in told
 
 

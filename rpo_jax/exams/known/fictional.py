@@ -1,0 +1,13 @@
+"""The embedded world's exam: an invented medicine, made on the spot, its truth known."""
+
+from rpo_jax.exams.exam import Exam
+from rpo_jax.exams.fictional import SPLIT_YEARS
+
+EXAM = Exam(
+    name="fictional",
+    title="The fictional world's exam",
+    source="the world that a run with data.source=fictional writes (its folder exam)",
+    years=tuple(SPLIT_YEARS.values()),
+    required_sections="BE",
+    prohibited_from=4,
+)

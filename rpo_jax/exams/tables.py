@@ -1,0 +1,71 @@
+"""Scores and reports as tables for the terminal."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+
+def format_score(result: dict[str, Any]) -> str:
+    """One set of answers: points by both rules, by group, pass or fail, and how texts ended."""
+    years = ", ".join(map(str, result["years"]))
+    lines = [f"{result['exam']} {years}: {result['official']['questions']} questions", ""]
+    rows = [["", "points", "of", "share", "right", "of"]]
+    rows += [[rule, *_points(result[rule])] for rule in ("official", "extracted")]
+    lines += [format_table(rows), ""]
+    for name, groups in result["by"].items():
+        if len(groups) > 1:
+            rows = [[name.replace("_", " "), "official", "extracted", "of", "share"]]
+            for value, both in groups.items():
+                found = both["extracted"]
+                shown = [both["official"]["points"], found["points"], found["total"]]
+                rows.append([value, *map(str, shown), f"{found['share']:.1%}"])
+            lines += [format_table(rows), ""]
+    for year, verdict in result["pass"].items():
+        lines.append(f"{year}: {_say_verdict(verdict)}")
+    rates = result["rates"]
+    shown = [
+        f"{name.replace('_', '-')} {_percent(rates[name])}" for name in rates if name != "found"
+    ]
+    found = ", ".join(f"{name} {count}" for name, count in rates["found"].items())
+    return "\n".join([*lines, "", "  ".join(shown), f"found: {found}"])
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns, the first one flush left; wide characters count double."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first + " " * (widths[0] - _width(first))]
+        cells += [
+            " " * (width - _width(x)) + x for x, width in zip(others, widths[1:], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _points(tally: dict[str, Any]) -> list[str]:
+    shown = [tally["points"], tally["total"], f"{tally['share']:.1%}"]
+    return [*map(str, shown), str(tally["right"]), str(tally["questions"])]
+
+
+def _say_verdict(verdict: dict[str, Any]) -> str:
+    passed = {True: "passed", False: "failed", None: "not decided"}
+    parts = []
+    if "required" in verdict:
+        for name, mark in (("required", "pass_share"), ("general", "pass_points")):
+            part = verdict[name]
+            wanted = part[mark]
+            wanted = f"{wanted:.0%}" if mark == "pass_share" else (wanted or "an unknown mark")
+            parts.append(f"{name} {part['points']}/{part['total']} (wanted {wanted})")
+    if "prohibited" in verdict:
+        part = verdict["prohibited"]
+        parts.append(f"prohibited choices {part['chosen']} (fails from {part['fails_from']})")
+    return "; ".join([passed[verdict["passed"]], *parts])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
