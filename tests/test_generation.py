@@ -64,7 +64,7 @@ def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
             NETWORK, weights, tokens, start, own, prefix
         )
     )
-    logits = jax.jit(lambda hidden: compute_logits(weights, hidden))
+    logits = jax.jit(lambda hidden: compute_logits(weights, hidden, SHAPE.vocab_size))
     nothing, prefix = make_cache(NETWORK, 1, 0), make_cache(NETWORK, 1, shared)
     if shared:
         first = jnp.asarray(tokens[:1, :shared])

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def make_generate(
     *,
     end_ids: Sequence[int] = (),
     slots: int = 16,
-    chunk: int = 64,
+    chunk: int = 32,
     steps: int = 16,
 ) -> Generate:
     """A function `generate(params, requests, prefix_ids=None)` that yields completions as they end.
@@ -85,7 +86,7 @@ def make_generate(
         longest = _round_up(max(r.settings.max_tokens for r in waiting), _ROUND)
         with jax.set_mesh(mesh):
             params = split_layers(params)
-            prefix = read_prefix(model, params, shared)
+            prefix = read_prefix(replace(model, chunk=chunk * group), params, shared)
             cache, rows = make_slots(model, slots, _round_up(own, _ROUND), longest)
         running: dict[int, Request] = {}
         while waiting or running:

@@ -213,9 +213,7 @@ def _read(
 
 def _advance(model: Model, params: Params, x_BD: Array, rows: Rows) -> Rows:
     """One more token for each active row, drawn by the state that predicts it."""
-    logits_BV = compute_logits(params, x_BD)
-    is_token_V = jnp.arange(logits_BV.shape[1]) < model.used_vocab
-    logits_BV = jnp.where(is_token_V, logits_BV, -jnp.inf)
+    logits_BV = compute_logits(params, x_BD, model.used_vocab)
     token_B, logp_B = choose(logits_BV, rows.draw, rows.count_B, rows.active_B)
     place_BG = jnp.arange(rows.tokens_BG.shape[1]) == rows.count_B[:, None]
     place_BG &= rows.active_B[:, None]

@@ -1,0 +1,62 @@
+"""A finished model, opened for use: network, weights on a mesh, tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.data.tokenizer import Tokenizer, read_tokenizer
+from rpo_jax.errors import UserError
+from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.model.shape import load_shape
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.state import abstract_weights
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model folder that was read.
+
+    Attributes:
+        folder: of a run, or of a converted model.
+        step: of its newest checkpoint.
+        network: shape and dtypes.
+        params: the weights, on `mesh`.
+        tokenizer: of the folder.
+        mesh: where everything lies.
+    """
+
+    folder: Path
+    step: int
+    network: Network
+    params: Params
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def open_model(folder: Path, mesh: MeshConfig, dtype: str = "float32") -> Opened:
+    """Reads a model folder; its weights are cast to `dtype`, which is that of the matmuls too.
+
+    Raises:
+        UserError: the folder is no model, or its tokenizer does not fit its network.
+    """
+    path = folder / "model" / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: {path} is not there; the folder of a run, or one made by `rpo_jax.convert "
+            "import`, is wanted"
+        )
+    network = Network(load_shape(str(path)), param_dtype=dtype, compute_dtype=dtype)
+    tokenizer = read_tokenizer(folder / "model")
+    if tokenizer.vocab_size > network.shape.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding only "
+            f"{network.shape.vocab_size} rows"
+        )
+    placed = make_mesh(mesh)
+    with jax.set_mesh(placed):
+        step, params = load_params(folder, abstract_weights(network, placed))
+    return Opened(folder, step, network, params, tokenizer, placed)
