@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from ml_collections import ConfigDict, config_dict
 from rpo_jax.errors import UserError
 
 _REQUIRED = object()
+# Peak learning rates by stage and by whether adapters are trained.
+_LEARNING_RATES = {
+    ("cpt", False): 1e-5,
+    ("rpo", False): 7e-7,
+    ("cpt", True): 2e-4,
+    ("rpo", True): 1e-5,
+}
 Number = int | float
 
 
@@ -62,7 +69,9 @@ class Model:
         "shape of `init_from`",
     )
     param_dtype: str = option(
-        "float32", "dtype of the trained weights", choices=("float32", "bfloat16")
+        "float32",
+        "dtype of the weights (adapters are float32 always)",
+        choices=("float32", "bfloat16"),
     )
     compute_dtype: str = option(
         "float32", "dtype of activations and matmul inputs", choices=("float32", "bfloat16")
@@ -202,11 +211,45 @@ class Rpo:
         return self.preference in ("dpo", "ipo")
 
 
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters over a frozen base, arXiv:2106.09685; QLoRA where the base is quantised."""
+
+    rank: int = option(0, "of the adapters; 0: none, all weights are trained", at_least=0)
+    alpha: float = option(16.0, "an adapter's product is scaled by alpha / rank", above=0.0)
+    targets: tuple[str, ...] = option(TARGETS, "projections that get an adapter")
+    dropout: float = option(
+        0.0, "share of an adapter's inputs set to 0 in training", at_least=0.0, below=1.0
+    )
+    init: str = option(
+        "b_zero", "the factor that begins as zeros, in x A B", choices=("b_zero", "a_zero")
+    )
+    quantize: str = option(
+        "",
+        "form in which the frozen kernels are held; empty: param_dtype",
+        choices=("", "int8", "nf4"),
+    )
+    previous: str = option(
+        "merge",
+        "what becomes of the adapters of the run in init_from: merged into the base, or kept and "
+        "trained on; either way the reference is the model that run made",
+        choices=("merge", "keep"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, clipping and the learning-rate schedule."""
 
-    learning_rate: float = option(1e-5, "peak learning rate", above=0.0)
+    learning_rate: float = option(
+        0.0,
+        "peak learning rate; 0: by method, cpt 1e-5 and rpo 7e-7 for all weights (the latter as in "
+        "arXiv:2404.19733v3), 2e-4 and 1e-5 for adapters",
+        at_least=0.0,
+    )
     schedule: str = option("cosine", "after the warm-up", choices=("constant", "cosine"))
     warmup_steps: int = option(0, "linear from 0", at_least=0)
     final_fraction: float = option(
@@ -286,6 +329,7 @@ class Config:
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     data: Data = dataclasses.field(default_factory=Data)
     rpo: Rpo = dataclasses.field(default_factory=Rpo)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     optim: Optim = dataclasses.field(default_factory=Optim)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     train: Train = dataclasses.field(default_factory=Train)  # type: ignore[arg-type]
@@ -335,6 +379,9 @@ def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
         problems = list(_contradictions(config))
     if problems:
         raise UserError("\n".join(f"config: {problem}" for problem in problems))
+    if not config.optim.learning_rate:
+        rate = _LEARNING_RATES[config.stage, config.lora.rank > 0]
+        config = replace(config, optim=replace(config.optim, learning_rate=rate))
     return config
 
 
@@ -442,6 +489,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"rpo.label_smoothing={rpo.label_smoothing}: only rpo.preference='dpo' knows it"
     if rpo.preference == "none" and not rpo.alpha:
         yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
+    lora = config.lora
+    for name in lora.targets:
+        if name not in TARGETS:
+            yield f"lora.targets: {name!r} is none of {', '.join(TARGETS)}"
+    if lora.rank and not lora.targets:
+        yield f"lora.rank={lora.rank} with empty lora.targets leaves nothing to train"
+    if lora.rank and not config.init_from:
+        yield f"lora.rank={lora.rank}: init_from is empty, and adapters need a model to adapt"
+    if lora.quantize and not lora.rank:
+        yield f"lora.quantize={lora.quantize!r}: quantised weights are frozen; set lora.rank too"
     if not config.init_from and not config.model.shape:
         yield "model.shape is empty, and there is no init_from to take the shape from"
     if config.name in ("", ".", "..", "data") or set("/\\") & set(config.name):

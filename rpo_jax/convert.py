@@ -24,7 +24,7 @@ from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, forward, head_table
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
 from rpo_jax.weights.importing import Part, import_weights

@@ -25,12 +25,13 @@ from rpo_jax.exams.exam import Exam, find_exam, list_exams
 from rpo_jax.exams.responses import read_responses
 from rpo_jax.exams.scoring import mark_all, score
 from rpo_jax.exams.tables import format_score
+from rpo_jax.model.qwen2 import Params
 from rpo_jax.prepare import prepare
 from rpo_jax.train import build
-from rpo_jax.training.checkpoint import load_params
 from rpo_jax.training.evaluation import find_references, make_evaluate
+from rpo_jax.training.origin import first_trained, load_run
 from rpo_jax.training.run import check_same_run, check_vocabulary, write_json
-from rpo_jax.training.state import abstract_weights
+from rpo_jax.training.state import abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload
 
 
@@ -63,8 +64,14 @@ def evaluate(work: Workload) -> dict[str, Any]:
     heldout = open_records(prepare(config, tokenizer).heldout)
     with jax.set_mesh(work.mesh):
         abstract = abstract_weights(work.network, work.mesh)
-        step, params = load_params(config.folder, abstract)
-        (reference,) = find_references(work, config.folder, [heldout], step, params)
+        step, params = load_run(config.folder, work.network, work.mesh)
+        _, frozen = split_params(params)
+
+        def first() -> Params:
+            trained = first_trained(config, work.network, work.mesh, frozen)
+            return join_params(trained, frozen)
+
+        (reference,) = find_references(work, config.folder, [heldout], step, params, first)
         means = make_evaluate(work, abstract, heldout, reference)(params)
     result = {"run": str(config.folder), "step": step, "heldout": means}
     if jax.process_index() == 0:

@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
 from rpo_jax.data.records import open_records
 from rpo_jax.errors import UserError
-from rpo_jax.model.qwen2 import make_network
+from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params, open_checkpoints, restore_state
+from rpo_jax.training.checkpoint import open_checkpoints, restore_state
 from rpo_jax.training.dry_run import describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
 from rpo_jax.training.loop import heldout_names, run_steps
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.origin import first_trained, load_frozen
 from rpo_jax.training.run import (
     check_vocabulary,
     find_shape,
@@ -28,7 +28,12 @@ from rpo_jax.training.run import (
     read_metrics,
     write_json,
 )
-from rpo_jax.training.state import TrainState, abstract_state, make_state, start_from
+from rpo_jax.training.state import (
+    abstract_state,
+    abstract_weights,
+    join_params,
+    start_from,
+)
 from rpo_jax.training.step import make_step
 from rpo_jax.training.workload import Workload, make_workload, train_batches
 
@@ -41,7 +46,7 @@ def main(config: Config, dry_run: bool = False) -> None:
 
 def build(config: Config) -> Workload:
     """The workload of a config, on all devices of all processes."""
-    network = make_network(find_shape(config), config.model)
+    network = make_network(find_shape(config), config.model, config.lora)
     return make_workload(config, network, make_mesh(config.mesh))
 
 
@@ -68,36 +73,34 @@ def train(work: Workload) -> dict[str, Any]:
         open_checkpoints(folder, config.checkpoint) as checkpoints,
     ):
         abstract = abstract_state(network, tx, mesh)
+        frozen = load_frozen(folder, network, mesh)
+
+        def first() -> Params:
+            return first_trained(config, network, mesh, frozen)
+
         state = restore_state(checkpoints, abstract)
         if state is None:
-            state = first_state(work, tx, abstract)
+            state = start_from(first(), tx, abstract)
+            logging.info("starting from %s", config.init_from or "random weights")
         else:
             logging.info("%s: going on from step %d", folder, state.step)
         done = int(state.step)
-        references = find_references(work, folder, [records, heldout], done, state.params)
-        evaluate = make_evaluate(work, abstract.params, heldout, references[1])
+        params = join_params(state.params, frozen)
+        references = find_references(
+            work, folder, [records, heldout], done, params, lambda: join_params(first(), frozen)
+        )
+        evaluate = make_evaluate(work, abstract_weights(network, mesh), heldout, references[1])
         # Nothing saved is nothing done: the curves then start anew, before step 0.
         with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
             if done == 0:
-                log.write(0, heldout_names(evaluate(state.params)))
+                log.write(0, heldout_names(evaluate(params)))
             step = make_step(work, tx, abstract)
             batches = train_batches(work, records, references[0], done)
-            state = run_steps(work, step, state, batches, evaluate, checkpoints, log)
+            state = run_steps(work, step, state, frozen, batches, evaluate, checkpoints, log)
             if not log.has(config.train.steps, "heldout/loss"):
-                log.write(config.train.steps, heldout_names(evaluate(state.params)))
+                last = evaluate(join_params(state.params, frozen))
+                log.write(config.train.steps, heldout_names(last))
     return summarise(config, folder, prepared)
-
-
-def first_state(
-    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """A state at step 0: the weights of `init_from`, or random ones."""
-    origin = work.config.origin
-    if origin is None:
-        return make_state(work.network, tx, work.mesh, work.config.seed)
-    step, params = load_params(origin, abstract.params)
-    logging.info("starting from %s, step %d", origin, step)
-    return start_from(params, tx, abstract)
 
 
 def summarise(config: Config, folder: Path, prepared: Prepared) -> dict[str, Any]:

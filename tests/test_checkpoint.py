@@ -12,9 +12,16 @@ from rpo_jax.config import Checkpoint
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params, open_checkpoints, restore_state, save_state
+from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
 from rpo_jax.training.optim import make_optimizer
-from rpo_jax.training.state import abstract_state, abstract_weights, fingerprint_params, make_state
+from rpo_jax.training.origin import load_params
+from rpo_jax.training.state import (
+    abstract_state,
+    abstract_weights,
+    fingerprint_params,
+    make_params,
+    start_from,
+)
 from tests.tiny import NETWORK, make_config
 
 TX = make_optimizer(make_config().optim)
@@ -26,7 +33,7 @@ EIGHT = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
 def saved(tmp_path_factory):
     """A folder with checkpoints of steps 0 and 3, and the state of step 3."""
     folder = tmp_path_factory.mktemp("saved")
-    state = make_state(NETWORK, TX, ONE, seed=0)
+    state = start_from(make_params(NETWORK, ONE, seed=0), TX, abstract_state(NETWORK, TX, ONE))
     later = dataclasses.replace(state, step=state.step + 3)
     with open_checkpoints(folder, Checkpoint(keep=2)) as checkpoints:
         save_state(checkpoints, state)

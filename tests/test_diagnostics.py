@@ -22,9 +22,9 @@ def test_term_gradients_make_up_the_gradient():
     work = make_work(make_config(rpo={"alpha": alpha}, train={"micro_batches": 2}), SMALL)
     params = init_params(SMALL, jax.random.key(0))
     batch = pair_batch(pairs())
-    found = make_term_gradients(work)(params, work.hyper, batch)
+    found = make_term_gradients(work)(params, {}, work.hyper, batch)
     whole = partial(compute_gradients, work.objective, 1)
-    gradient, _ = jax.jit(whole)(params, work.hyper, batch)
+    gradient, _ = jax.jit(whole)(params, {}, work.hyper, batch)
     squared = sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient))
     dpo, nll, cosine = (
         float(found[name]) for name in ("grad_norm_dpo", "grad_norm_nll", "grad_cosine_dpo_nll")
@@ -38,7 +38,7 @@ def test_term_gradients_make_up_the_gradient():
 def test_a_single_term_has_no_cosine():
     work = make_work(make_config(rpo={"preference": "none"}), SMALL)
     shapes = jax.eval_shape(lambda: (init_params(SMALL, jax.random.key(0)), pair_batch(pairs())))
-    found = jax.eval_shape(make_term_gradients(work), shapes[0], work.hyper, shapes[1])
+    found = jax.eval_shape(make_term_gradients(work), shapes[0], {}, work.hyper, shapes[1])
     assert found.keys() == {"grad_norm_nll"}
 
 

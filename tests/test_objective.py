@@ -15,7 +15,7 @@ from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.model.qwen2 import forward, init_params
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.objective import divide, make_hyper
-from rpo_jax.training.state import abstract_state, make_state
+from rpo_jax.training.state import abstract_state, make_params, start_from
 from rpo_jax.training.step import compute_gradients, make_measure, make_score, make_step
 from tests.tiny import (
     MESHES,
@@ -163,7 +163,7 @@ def test_step_0_stands_at_the_reference(mesh, micro_batches):
     work, abstract, step = program(mesh, micro_batches)
     batch = pair_batch(pairs(), reference=False)
     with jax.set_mesh(work.mesh):
-        state = make_state(SMALL, ADAM, work.mesh, seed=0)
+        state = start_from(make_params(SMALL, work.mesh, seed=0), ADAM, abstract)
         score = make_score(work, abstract.params)
         scored = [
             np.asarray(score(state.params, put_batch(part, work.mesh)))
@@ -172,7 +172,7 @@ def test_step_0_stands_at_the_reference(mesh, micro_batches):
         batch["reference_logps"] = np.concatenate(scored)
         measure = make_measure(work, abstract.params)
         sums, counts = measure(state.params, work.hyper, put_batch(batch, work.mesh))
-        _, stepped = step(state, work.hyper, put_batch(batch, work.mesh))
+        _, stepped = step(state, {}, work.hyper, put_batch(batch, work.mesh))
     for means in (divide(sums, counts), stepped):
         assert abs(float(means["dpo"]) - math.log(2)) < 1e-6
         # A margin above 0 counts 1, one at 0 a half: with a mean of 0, all of them are 0.
@@ -197,7 +197,7 @@ def rpo_gradients():
 
     def run(params, batch, **hyper):
         changes = {name: jnp.float32(value) for name, value in hyper.items()}
-        return jax.device_get(compiled(params, work.hyper | changes, batch))
+        return jax.device_get(compiled(params, {}, work.hyper | changes, batch))
 
     return run
 
@@ -272,21 +272,21 @@ def test_cpt_loss_is_the_mean_over_all_tokens(params):
 
 def test_one_compilation_for_all_weights_and_a_refused_batch():
     """Loss weights and learning rate are traced; a bad batch leaves the state as it was."""
-    work, _, step = program()
+    work, abstract, step = program()
     with jax.set_mesh(work.mesh):
-        state = make_state(SMALL, ADAM, work.mesh, seed=0)
+        state = start_from(make_params(SMALL, work.mesh, seed=0), ADAM, abstract)
         batch = pair_batch(pairs())
         for alpha, beta, rate in [(1.0, 0.1, 1e-3), (0.0, 0.5, 1e-2), (2.0, 0.01, 0.0)]:
             hyper = make_hyper(Rpo(alpha=alpha, beta=beta), rate)
             before = jax.device_get(state.params)
-            state, metrics = step(state, hyper, put_batch(batch, work.mesh))
+            state, metrics = step(state, {}, hyper, put_batch(batch, work.mesh))
             loss = metrics["dpo"] + alpha * metrics["nll"]
             np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
             assert metrics["finite"] == 1.0
             assert (relative_difference(before, jax.device_get(state.params)) > 0) == (rate > 0)
         kept = jax.device_get(state)
         batch["reference_logps"][3, 0] = np.nan
-        state, metrics = step(state, hyper, put_batch(batch, work.mesh))
+        state, metrics = step(state, {}, hyper, put_batch(batch, work.mesh))
         assert metrics["finite"] == 0.0 and not np.isfinite(metrics["loss"])
         jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(state))
         assert int(state.step) == 3
@@ -303,7 +303,7 @@ def test_each_layer_pins_its_activations():
         state = abstract_state(network, ADAM, work.mesh)
         batch = jax.eval_shape(lambda: pair_batch(pairs()))
         with jax.set_mesh(work.mesh):
-            lowered = make_step(work, ADAM, state).lower(state, work.hyper, batch).as_text()
+            lowered = make_step(work, ADAM, state).lower(state, {}, work.hyper, batch).as_text()
         return lowered.count("sharding_constraint")
 
     assert count(2) - count(1) >= 4  # block in and out, heads, mlp: and once more backwards

@@ -16,7 +16,7 @@ from rpo_jax import cli, study
 from rpo_jax.evaluate import measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.run import read_metrics
 from rpo_jax.training.state import abstract_weights, fingerprint_params
 

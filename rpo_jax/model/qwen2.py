@@ -6,17 +6,20 @@ of it. All layers lie stacked along a leading axis, so that the same code lowers
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from rpo_jax.config import Lora
 from rpo_jax.config import Model as ModelConfig
 from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
+from rpo_jax.model.lora import adapt, adapter_axes, init_adapters, seed_dropout
+from rpo_jax.model.quantize import is_quantized, multiply, quantize_layers
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain
 
@@ -30,7 +33,11 @@ _REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A shape together with how it is computed; hashable, so that it can be a static argument."""
+    """A shape together with how it is computed; hashable, so that it can be a static argument.
+
+    With `lora`, the weights of layers and tables are frozen and adapters are trained over them;
+    `quantize` names the form in which frozen kernels are held ("" is `param_dtype`).
+    """
 
     shape: ModelShape
     param_dtype: str = "float32"
@@ -38,9 +45,17 @@ class Network:
     remat: str = "none"
     scan_layers: bool = True
     attention: str = "dense"
+    lora: Lora | None = None
+    quantize: str = ""
+
+    @property
+    def base(self) -> "Network":
+        """The same without adapters, its weights as they are stored."""
+        return replace(self, lora=None, quantize="")
 
 
-def make_network(shape: ModelShape, config: ModelConfig) -> Network:
+
+def make_network(shape: ModelShape, config: ModelConfig, lora: Lora) -> Network:
     """The network that a config asks for."""
     return Network(
         shape,
@@ -49,13 +64,15 @@ def make_network(shape: ModelShape, config: ModelConfig) -> Network:
         config.remat,
         config.scan_layers,
         config.attention,
+        lora if lora.rank else None,
+        lora.quantize,
     )
 
 
-def _weight(module: Any, name: str, init: Any, axes: Mapping[str, int]) -> Array:
-    """A parameter of a module, with its logical axes and their sizes."""
+def _weight(module: Any, name: str, init: Any, axes: Mapping[str, int]) -> Any:
+    """A parameter of a module, with its logical axes and their sizes; an array or a `QArray`."""
     boxed = nn.with_logical_partitioning(init, tuple(axes))
-    return cast(Array, module.param(name, boxed, tuple(axes.values()), module.param_dtype))
+    return module.param(name, boxed, tuple(axes.values()), module.param_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -73,25 +90,31 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) over the last `len(inputs)` axes of x.
+    """x @ kernel (+ bias) over the last `len(inputs)` axes of x, and its adapter's part if any.
 
     `inputs` and `outputs` map logical axis names to sizes, e.g. {"embed": D} -> {"heads": N,
     "head_dim": H}; the kernel has their shapes joined.
     """
 
+    network: Network
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
-    stddev: float
-    param_dtype: str
     bias: bool = False
+
+    @property
+    def param_dtype(self) -> str:
+        """Of kernel and bias."""
+        return self.network.param_dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        init = nn.initializers.normal(self.stddev)
+        init = nn.initializers.normal(self.network.shape.initializer_range)
         kernel = _weight(self, "kernel", init, {**self.inputs, **self.outputs})
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=len(self.inputs))
+        y = multiply(x, kernel, len(self.inputs))
         if self.bias:
             y = y + _weight(self, "bias", nn.initializers.zeros, self.outputs).astype(x.dtype)
+        if self.network.lora and self.has_variable("lora", "a"):
+            y = y + adapt(x, lora=self.network.lora, **self.variables["lora"])
         return y
 
 
@@ -109,9 +132,7 @@ class Attention(nn.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], meet: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
         shape = self.network.shape
-        linear = partial(
-            Linear, stddev=shape.initializer_range, param_dtype=self.network.param_dtype
-        )
+        linear = partial(Linear, self.network)
         width = {"embed": shape.hidden_size}
         heads = {"heads": shape.num_attention_heads, "head_dim": shape.head_dim}
         kv_heads = {"kv_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
@@ -134,9 +155,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         shape = self.network.shape
-        linear = partial(
-            Linear, stddev=shape.initializer_range, param_dtype=self.network.param_dtype
-        )
+        linear = partial(Linear, self.network)
         width, hidden = {"embed": shape.hidden_size}, {"mlp": shape.intermediate_size}
         gate_BTF = linear(width, hidden, name="gate")(x_BTD)
         up_BTF = linear(width, hidden, name="up")(x_BTD)
@@ -209,12 +228,18 @@ def init_params(network: Network, key: Array) -> Params:
 
     Returns:
         {"embed": {"table" [V, D]}, "layers": {...} each with a leading axis L,
-        "norm": {"scale" [D]}, "head": {"table" [V, D]} unless tied}.
+        "norm": {"scale" [D]}, "head": {"table" [V, D]} unless tied}, and where the network has
+        adapters "lora" (see `init_adapters`); kernels are quantised where it says so.
     """
     init_layer, rest = _init_boxed(network, key)
     layer_keys = jax.random.split(rest.pop("key"), network.shape.num_hidden_layers)
     layers = jax.vmap(lambda layer_key: nn.meta.unbox(init_layer(layer_key)))(layer_keys)
-    return {**nn.meta.unbox(rest), "layers": layers}
+    params = {**nn.meta.unbox(rest), "layers": layers}
+    if network.lora:
+        params["lora"] = init_adapters(layers, network.lora, key)
+    if network.quantize:
+        params["layers"] = quantize_layers(layers, network.quantize)
+    return params
 
 
 def abstract_params(network: Network) -> Params:
@@ -235,12 +260,23 @@ def param_axes(network: Network) -> Params:
         return isinstance(node, nn.LogicallyPartitioned)
 
     layers = jax.tree.map(lambda box: ("layers", *box.names), layer, is_leaf=is_box)
-    return {**jax.tree.map(lambda box: box.names, rest, is_leaf=is_box), "layers": layers}
+    axes = {**jax.tree.map(lambda box: box.names, rest, is_leaf=is_box), "layers": layers}
+    if network.lora:
+        axes["lora"] = adapter_axes(layers, network.lora)
+    if network.quantize:
+        # Values and scales lie alike: the scales' axes are the same, some shorter.
+        axes["layers"] = jax.tree.map(
+            lambda leaf, names: jax.tree.map(lambda _: names, leaf),
+            abstract_params(network)["layers"],
+            layers,
+            is_leaf=is_quantized,
+        )
+    return axes
 
 
 def count_params(network: Network) -> int:
-    """Number of weights."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(network)))
+    """Number of weights, adapters not counted."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(network.base)))
 
 
 def forward(
@@ -250,10 +286,18 @@ def forward(
     segment_ids_BT: Int[Array, "B T"],
     branch_ids_BT: Int[Array, "B T"] | None,
     positions_BT: Int[Array, "B T"],
+    dropout_seed_B: UInt32[Array, "B"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the last norm, in the compute dtype; the ids are `make_attend`'s."""
+    """Hidden states after the last norm, in the compute dtype; the ids are `make_attend`'s.
+
+    Adapters act if `params` has them ("lora"), and with dropout if there are seeds for it.
+    """
     x_BTD = embed(network, params, tokens_BT)
     meet = make_attend(network.attention, segment_ids_BT, branch_ids_BT)
+    stacked = layer_variables(params)
+    if dropout_seed_B is not None:
+        count = network.shape.num_hidden_layers
+        stacked["lora"] = seed_dropout(stacked["lora"], count, dropout_seed_B)
 
     def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
         return run_layer(network, variables, x_BTD, positions_BT, meet)
@@ -262,7 +306,6 @@ def forward(
         layer = jax.checkpoint(
             layer, prevent_cse=not network.scan_layers, policy=_REMAT_POLICIES[network.remat]
         )
-    stacked = layer_variables(params)
     if network.scan_layers:
         x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
     else:
@@ -273,7 +316,7 @@ def forward(
 
 def layer_variables(params: Params) -> dict[str, Params]:
     """All that a `Block` is applied with, stacked along a leading axis L."""
-    return {"params": params["layers"]}
+    return {"params": params["layers"]} | {key: params[key] for key in ("lora",) if key in params}
 
 
 def run_layer(

@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "lora_rank": (),
     # The head multiplies, so its vocabulary is cut. The input table is looked up, and rows looked
     # up in a table cut by rows would be computed everywhere: its columns are cut instead, and
     # gathered over fsdp only, just before the lookup (hence tensor is the outer axis).

@@ -4,13 +4,16 @@ A *model folder* is a run's folder or what `convert import` writes:
 
     model/config.json                the shape, as Hugging Face writes it
     model/tokenizer.json|.model      the tokenizer
-    checkpoints/<step>/params        the weights
+    model/adapters.json              whose weights the adapters change (runs of adapters only)
+    checkpoints/<step>/params        the weights; of a run of adapters, these alone
     checkpoints/<step>/optimizer     step and optimizer state (runs only)
 
 Orbax writes each step into a temporary folder and renames it, so that a killed process leaves only
 whole checkpoints.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
+
+Read = Callable[[Any, jax.ShapeDtypeStruct], jax.Array]
 
 
 def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Checkpointer:
@@ -61,22 +66,67 @@ def restore_state(
         "params": abstract.params,
         "optimizer": {"step": abstract.step, "state": abstract.optimizer},
     }
-    loaded = _load(checkpoints, step, wanted)
+    metadata = partial(checkpoints.checkpointables_metadata, step)
+    stored = _read(checkpoints, step, lambda: {name: metadata().metadata[name] for name in wanted})
+    for name, tree in wanted.items():
+        place = f"{checkpoints.directory}/{step}/{name}"
+        _check_same_arrays(place, tree, stored[name], cast=False)
+    loaded = _read(checkpoints, step, partial(checkpoints.load_checkpointables, step, wanted))
     return TrainState(loaded["optimizer"]["step"], loaded["params"], loaded["optimizer"]["state"])
 
 
-def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:
-    """Step and weights of a model folder, placed and cast as `abstract` says; default: newest.
+def find_step(checkpoints: ocp.training.Checkpointer, step: int | None) -> int:
+    """The step to read: the one asked for, or the newest.
 
     Raises:
-        UserError: the folder holds no checkpoint (of that step), or one of another shape.
+        UserError: it is not there.
     """
-    with open_existing(folder) as checkpoints:
-        steps = [found.step for found in checkpoints.checkpoints]
-        if step is not None and step not in steps:
-            raise UserError(f"{folder}: no checkpoint of step {step}; there are {steps}")
-        chosen = steps[-1] if step is None else step
-        return chosen, _load(checkpoints, chosen, {"params": abstract}, cast=True)["params"]
+    steps = [found.step for found in checkpoints.checkpoints]
+    if step is not None and step not in steps:
+        raise UserError(f"{checkpoints.directory}: no checkpoint of step {step}; there are {steps}")
+    return steps[-1] if step is None else step
+
+
+def describe_params(checkpoints: ocp.training.Checkpointer, step: int) -> Params:
+    """Shapes and dtypes of the weights that a checkpoint holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    stored = _read(
+        checkpoints, step, lambda: checkpoints.checkpointables_metadata(step).metadata["params"]
+    )
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        stored,
+        is_leaf=lambda node: hasattr(node, "shape"),
+    )
+
+
+def open_params(checkpoints: ocp.training.Checkpointer, step: int, wanted: Params) -> Read:
+    """A function that reads one array of a checkpoint's weights, placed and cast as asked.
+
+    Args:
+        checkpoints: from `open_existing`.
+        step: which of them.
+        wanted: abstract arrays, all that there should be; the function takes a path in this tree
+            and an array's shape, dtype and place.
+
+    Raises:
+        UserError: the checkpoint holds other arrays, or cannot be read.
+    """
+    place = f"{checkpoints.directory}/{step}/params"
+    _check_same_arrays(place, wanted, describe_params(checkpoints, step), cast=True)
+
+    def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        tree: Any = leaf
+        for key in reversed(path):
+            tree = {key.key: tree}
+        load = partial(checkpoints.load_checkpointables, step, {"params": tree})
+        (array,) = jax.tree.leaves(_read(checkpoints, step, load)["params"])
+        return array
+
+    return read
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -93,7 +143,10 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
     """
     path = (folder / _FOLDER).absolute()
     if path.is_dir():
-        checkpoints = ocp.training.Checkpointer(path)
+        # Of a checkpoint with the optimizer's state too, the weights are read, one array at a time.
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            checkpoints = ocp.training.Checkpointer(path)
         if checkpoints.latest is not None:
             return checkpoints
         checkpoints.close()
@@ -103,22 +156,14 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
     )
 
 
-def _load(
-    checkpoints: ocp.training.Checkpointer, step: int, wanted: dict[str, Any], cast: bool = False
-) -> Any:
-    place = f"{checkpoints.directory}/{step}"
+def _read(checkpoints: ocp.training.Checkpointer, step: int, read: Callable[[], Any]) -> Any:
+    """What `read` returns; whatever goes wrong in Orbax is told as a UserError."""
     try:
-        stored = checkpoints.checkpointables_metadata(step).metadata
-        for name, tree in wanted.items():
-            if name not in stored or stored[name] is None:
-                raise ValueError(f"no {name}")
-            _check_same_arrays(f"{place}/{name}", tree, stored[name], cast)
-        return checkpoints.load_checkpointables(step, wanted)
-    except UserError:
-        raise
+        return read()
     except Exception as error:
         raise UserError(
-            f"{place}: cannot be read and may be damaged ({type(error).__name__}: {error}); "
+            f"{checkpoints.directory}/{step}: cannot be read and may be damaged "
+            f"({type(error).__name__}: {error}); "
             "without that folder, the checkpoint before it is used, where there is one"
         ) from error
 

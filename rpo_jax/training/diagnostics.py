@@ -34,8 +34,8 @@ _SIGNS: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
 )
 
 
-def make_term_gradients(work: Workload) -> Callable[[Params, Hyper, Batch], dict[str, Array]]:
-    """The jitted `(params, hyper, batch) -> {"grad_norm_<term>", "grad_cosine_<a>_<b>"}`.
+def make_term_gradients(work: Workload) -> Callable[..., dict[str, Array]]:
+    """The jitted `(trained, frozen, hyper, batch) -> {"grad_norm_<term>", "grad_cosine_<a>_<b>"}`.
 
     Norms are those of the plain terms, without their weights in the loss; a cosine below 0 says
     that a step along one term makes the other one worse. It costs a backward pass a term.
@@ -46,11 +46,11 @@ def make_term_gradients(work: Workload) -> Callable[[Params, Hyper, Batch], dict
     def alone(name: str) -> Objective:
         return dataclasses.replace(work.objective, loss=lambda means, hyper: means[name])
 
-    def measure(params: Params, hyper: Hyper, batch: Batch) -> dict[str, Array]:
+    micro_batches = work.config.train.micro_batches
+
+    def measure(trained: Params, frozen: Params, hyper: Hyper, batch: Batch) -> dict[str, Array]:
         grads = {
-            name: compute_gradients(
-                alone(name), work.config.train.micro_batches, params, hyper, batch
-            )[0]
+            name: compute_gradients(alone(name), micro_batches, trained, frozen, hyper, batch)[0]
             for name in names
         }
         norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}

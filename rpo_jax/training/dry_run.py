@@ -6,7 +6,7 @@ import numpy as np
 from rpo_jax.model.qwen2 import count_params
 from rpo_jax.training.metrics import count_flops
 from rpo_jax.training.optim import make_optimizer
-from rpo_jax.training.state import abstract_state
+from rpo_jax.training.state import abstract_state, abstract_weights, split_params
 from rpo_jax.training.step import make_step
 from rpo_jax.training.workload import Workload, example_batch
 
@@ -26,9 +26,15 @@ def describe_run(work: Workload) -> str:
     with jax.set_mesh(mesh):
         abstract = abstract_state(work.network, tx, mesh)
         step = make_step(work, tx, abstract)
-        memory = step.lower(abstract, work.hyper, batch).compile().memory_analysis()
+        _, frozen = split_params(abstract_weights(work.network, mesh))
+        memory = step.lower(abstract, frozen, work.hyper, batch).compile().memory_analysis()
     assert memory is not None, "every backend of XLA accounts for its memory"
-    state = _local_bytes(abstract)
+    state = _local_bytes((abstract, frozen))
+    parameters = f"{count_params(work.network):,}"
+    if frozen:
+        adapters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        held = config.lora.quantize or config.model.param_dtype
+        parameters += f" frozen in {held}, {adapters:,} of adapters trained"
     folder = config.folder
     full = {**batch, "target_mask": np.ones_like(batch["target_mask"])}
     full["segment_ids"] = np.ones_like(full["segment_ids"])
@@ -36,7 +42,7 @@ def describe_run(work: Workload) -> str:
     rows = config.train.batch_rows
     lines = {
         "stage": f"{config.stage}, from {config.init_from or 'random weights'}",
-        "parameters": f"{count_params(work.network):,}",
+        "parameters": parameters,
         "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         + f" over {mesh.size} x {mesh.devices.flat[0].device_kind}",
         "attention": f"{config.model.attention}, remat {config.model.remat}",

@@ -14,7 +14,6 @@ from rpo_jax.data.records import Records
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding
-from rpo_jax.training.checkpoint import load_params
 from rpo_jax.training.objective import Batch
 from rpo_jax.training.reference import Reference, compute_reference, find_reference
 from rpo_jax.training.run import write_json
@@ -62,12 +61,17 @@ def make_evaluate(
 
 
 def find_references(
-    work: Workload, folder: Path, record_sets: list[Records], step: int, params: Params
+    work: Workload,
+    folder: Path,
+    record_sets: list[Records],
+    step: int,
+    params: Params,
+    first: Callable[[], Params],
 ) -> list[Reference | None]:
     """The reference log-probabilities of each record set: stored ones, or computed now.
 
-    The reference is the model that the run starts from: `params` themselves at step 0, else the
-    weights of `init_from`, loaded only if something has to be computed.
+    The reference is the model that the run starts from: `params` themselves at step 0, else
+    `first()`, called only if something has to be computed.
 
     Args:
         work: the stage; one without a reference gets None for each set.
@@ -76,6 +80,7 @@ def find_references(
         record_sets: of preference pairs.
         step: where the run stands.
         params: the weights it has there.
+        first: makes the weights it had at step 0 once more.
     """
     if work.config.stage != "rpo" or not work.config.rpo.has_reference:
         return [None for _ in record_sets]
@@ -88,8 +93,7 @@ def find_references(
     def reference_params() -> Params:
         if step == 0:
             return params
-        assert work.config.origin is not None, "the config of an rpo stage has one"
-        origin = load_params(work.config.origin, abstract)[1]
+        origin = first()
         if note.is_file() and json.loads(note.read_text())["weights"] != fingerprint_params(origin):
             raise UserError(
                 f"{work.config.origin} is not the model that {folder} started from: it was trained "

@@ -19,7 +19,7 @@ from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.diagnostics import Watch, make_term_gradients
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.metrics import MetricLog, count_flops, measure_memory, peak_flops
-from rpo_jax.training.state import TrainState
+from rpo_jax.training.state import TrainState, join_params
 from rpo_jax.training.workload import Workload
 
 
@@ -27,6 +27,7 @@ def run_steps(
     work: Workload,
     step: Callable[..., tuple[TrainState, dict[str, Array]]],
     state: TrainState,
+    frozen: Params,
     batches: Iterator[dict[str, np.ndarray]],
     evaluate: Callable[[Params], dict[str, float]],
     checkpoints: ocp.training.Checkpointer,
@@ -55,8 +56,9 @@ def run_steps(
             batch = next(batches)
             placed = put_batch(batch, work.mesh)
             if terms_every and (done + 1) % terms_every == 0:
-                log.write(done + 1, _to_floats(term_gradients(state.params, work.hyper, placed)))
-            state, metrics = step(state, work.hyper, placed)
+                terms = term_gradients(state.params, frozen, work.hyper, placed)
+                log.write(done + 1, _to_floats(terms))
+            state, metrics = step(state, frozen, work.hyper, placed)
             done += 1
             bar.update()
             pending.append((done, batch["record_index"], metrics))
@@ -71,7 +73,7 @@ def run_steps(
                     _say(done, train.steps, newest)
                 meter.start()
             if look and not last:
-                heldout = heldout_names(evaluate(state.params))
+                heldout = heldout_names(evaluate(join_params(state.params, frozen)))
                 log.write(done, heldout)
                 watch.look(done, heldout)
                 meter.start()

@@ -68,6 +68,7 @@ def target_logps(
         batch["segment_ids"],
         batch.get("branch_ids"),
         batch["positions"],
+        batch.get("dropout_seed"),
     )
     if "target_index" in batch:
         hidden_BTD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)

@@ -18,6 +18,7 @@ from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
 from rpo_jax.training.checkpoint import has_checkpoint
+from rpo_jax.training.origin import NOTE, note_adapters
 
 _RUN_FILE = "run.json"
 
@@ -113,7 +114,14 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
         if config.origin is None:
             write_json(folder / "model" / "config.json", shape_to_hf(shape))
         else:
-            shutil.copytree(config.origin / "model", folder / "model", dirs_exist_ok=True)
+            # What whole weights, or adapters, this run has is its own affair.
+            ours = shutil.ignore_patterns(NOTE)
+            (folder / "model" / NOTE).unlink(missing_ok=True)
+            shutil.copytree(
+                config.origin / "model", folder / "model", ignore=ours, dirs_exist_ok=True
+            )
+        if config.lora.rank:
+            note_adapters(config)
         if config.origin is None or config.tokenizer.path:
             tokenizer.save(folder / "model")
         run = {"config": to_dict(config), "data": data, "versions": _versions()}

@@ -23,15 +23,31 @@ from rpo_jax.sharding.rules import make_shardings
 )
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes: the number of steps done, the trained weights, optax's state."""
+    """Everything a step changes: the number of steps done, the trained weights, optax's state.
+
+    What else the model consists of is frozen and goes beside it: see `split_params`.
+    """
 
     step: Any  # int32 scalar; abstract in the abstract twin
     params: Params
     optimizer: optax.OptState
 
 
+def split_params(params: Params) -> tuple[Params, Params]:
+    """The trained and the frozen part of the weights: adapters and the rest, or all and nothing."""
+    if "lora" not in params:
+        return params, {}
+    frozen = dict(params)
+    return {"lora": frozen.pop("lora")}, frozen
+
+
+def join_params(trained: Params, frozen: Params) -> Params:
+    """The whole model again."""
+    return {**frozen, **trained}
+
+
 def abstract_weights(network: Network, mesh: Mesh) -> Params:
-    """Shapes, dtypes and places of the weights on a mesh."""
+    """Shapes, dtypes and places of the weights on a mesh, adapters included."""
     abstract = abstract_params(network)
     return with_shardings(abstract, make_shardings(abstract, param_axes(network), mesh))
 
@@ -47,7 +63,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 def abstract_state(network: Network, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and places of a whole state; the optimizer's arrays lie like their weights."""
-    params = abstract_weights(network, mesh)
+    params, _ = split_params(abstract_weights(network, mesh))
     everywhere = NamedSharding(mesh, P())
     shardings = optax.tree.map_params(
         tx,
@@ -60,23 +76,16 @@ def abstract_state(network: Network, tx: optax.GradientTransformation, mesh: Mes
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), params, optimizer)
 
 
-def make_state(
-    network: Network, tx: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
-    """A state at step 0 with random weights, made where it lives."""
-
-    def make() -> TrainState:
-        params = init_params(network, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(network, tx, mesh))
-    return jax.jit(make, out_shardings=places)()
+def make_params(network: Network, mesh: Mesh, seed: int) -> Params:
+    """Random weights (see `init_params`), made where they live."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(network, mesh))
+    return jax.jit(partial(init_params, network), out_shardings=places)(jax.random.key(seed))
 
 
 def start_from(
     params: Params, tx: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """A state at step 0 with given weights, which already lie where `abstract` says."""
+    """A state at step 0 with given weights to train, which already lie where `abstract` says."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
     optimizer = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
@@ -86,6 +95,8 @@ def start_from(
 @jax.jit
 def _digest(params: Params) -> list[Array]:
     def one(leaf: Array) -> Array:
+        if leaf.dtype in (jnp.int4, jnp.uint4):
+            leaf = leaf.astype(jnp.uint8)
         width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.zeros(leaf.shape, jnp.uint32)

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding, replicated
@@ -19,7 +19,7 @@ from rpo_jax.training.objective import (
     target_logps,
 )
 from rpo_jax.training.optim import learning_rate_fraction
-from rpo_jax.training.state import TrainState
+from rpo_jax.training.state import TrainState, abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload
 
 
@@ -34,27 +34,35 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 
 
 def compute_gradients(
-    objective: Objective, micro_batches: int, params: Params, hyper: Hyper, batch: Batch
+    objective: Objective,
+    micro_batches: int,
+    trained: Params,
+    frozen: Params,
+    hyper: Hyper,
+    batch: Batch,
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradients (float32) and means of the global batch, one micro-batch after the other."""
+    """Gradients (float32) of the trained weights, and means, of the global batch.
+
+    One micro-batch is computed after the other.
+    """
     counts = objective.counts(batch)
 
-    def loss(params: Params, part: Batch) -> tuple[Array, Sums]:
-        sums = objective.sums(params, part, hyper)
+    def loss(trained: Params, part: Batch) -> tuple[Array, Sums]:
+        sums = objective.sums(join_params(trained, frozen), part, hyper)
         return objective.loss(divide(sums, counts), hyper), sums
 
     if micro_batches == 1:
-        grads, sums = jax.grad(loss, has_aux=True)(params, batch)
+        grads, sums = jax.grad(loss, has_aux=True)(trained, batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), divide(sums, counts)
 
     parts = split_rows(batch, micro_batches)
     first = jax.tree.map(lambda x: x[0], parts)
-    sums_shape = jax.eval_shape(objective.sums, params, first, hyper)
-    zero_grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    sums_shape = jax.eval_shape(loss, trained, first)[1]
+    zero_grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_shape)
 
     def add(carry: tuple[Params, Sums], part: Batch) -> tuple[tuple[Params, Sums], None]:
-        new = jax.grad(loss, has_aux=True)(params, part)
+        new = jax.grad(loss, has_aux=True)(trained, part)
         return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new), None
 
     (grads, sums), _ = jax.lax.scan(add, (zero_grads, zero_sums), parts)
@@ -64,7 +72,9 @@ def compute_gradients(
 def make_step(
     work: Workload, tx: optax.GradientTransformation, abstract: TrainState
 ) -> jax.stages.Wrapped:
-    """The jitted step `(state, hyper, batch) -> (state, metrics)`; the old state is donated.
+    """The jitted step `(state, frozen, hyper, batch) -> (state, metrics)`.
+
+    The old state is donated. `frozen` are the weights that are not trained, {} if all are.
 
     Metrics are float32 scalars: the objective's means, `loss`, `grad_norm` before clipping,
     `learning_rate`, and `finite`. Where loss or gradient is not finite, `finite` is 0 and the state
@@ -72,9 +82,13 @@ def make_step(
     """
     objective, config = work.objective, work.config
 
-    def step(state: TrainState, hyper: Hyper, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: Params, hyper: Hyper, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if config.lora.dropout:
+            batch = batch | {"dropout_seed": draw_dropout_seeds(config.seed, state.step, batch)}
         grads, means = compute_gradients(
-            objective, config.train.micro_batches, state.params, hyper, batch
+            objective, config.train.micro_batches, state.params, frozen, hyper, batch
         )
         loss = objective.loss(means, hyper)
         grad_norm = optax.tree.norm(grads)
@@ -93,13 +107,21 @@ def make_step(
         }
 
     state_places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    _, frozen = split_params(abstract_weights(work.network, work.mesh))
+    frozen_places = jax.tree.map(lambda leaf: leaf.sharding, frozen)
     everywhere = replicated(work.mesh)
     return jax.jit(
         step,
-        in_shardings=(state_places, everywhere, batch_sharding(work.mesh)),
+        in_shardings=(state_places, frozen_places, everywhere, batch_sharding(work.mesh)),
         out_shardings=(state_places, everywhere),
         donate_argnums=0,
     )
+
+
+def draw_dropout_seeds(seed: int, step: Array, batch: Batch) -> UInt32[Array, "B"]:
+    """A number for each row of the global batch; the same for any cut of it."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.bits(key, batch["tokens"].shape[:1])
 
 
 def make_measure(work: Workload, abstract: Params) -> jax.stages.Wrapped:

@@ -99,7 +99,7 @@ def run_ours(steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     from rpo_jax.training.evaluation import put_batch
     from rpo_jax.training.metrics import count_flops
     from rpo_jax.training.optim import make_optimizer
-    from rpo_jax.training.state import abstract_state, make_state
+    from rpo_jax.training.state import abstract_state, make_params, start_from
     from rpo_jax.training.step import make_score, make_step
     from rpo_jax.training.workload import make_workload
 
@@ -121,15 +121,15 @@ def run_ours(steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     abstract = abstract_state(network, tx, work.mesh)
     memory, seconds = PeakMemory(), []
     with jax.set_mesh(work.mesh):
-        state = make_state(network, tx, work.mesh, seed=0)
+        state = start_from(make_params(network, work.mesh, seed=0), tx, abstract)
         score = make_score(work, abstract.params)
         batch["reference_logps"] = np.asarray(score(state.params, put_batch(batch, work.mesh)))
         placed = put_batch(batch, work.mesh)
-        step = make_step(work, tx, abstract).lower(state, work.hyper, placed).compile()
+        step = make_step(work, tx, abstract).lower(state, {}, work.hyper, placed).compile()
         memory.start()
         for _ in range(steps + 1):
             start = time.perf_counter()
-            state, metrics = step(state, work.hyper, placed)
+            state, metrics = step(state, {}, work.hyper, placed)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
     gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))

@@ -120,11 +120,11 @@ def run(case):
     with jax.set_mesh(work.mesh):
         gradients = jax.jit(
             partial(compute_gradients, work.objective, case["micro_batches"]),
-            in_shardings=(places, everywhere, batch_sharding(work.mesh)),
+            in_shardings=(places, {}, everywhere, batch_sharding(work.mesh)),
             out_shardings=(places, everywhere),
         )
         batch = put_batch(make_batch(case), work.mesh)
-        return jax.device_get(gradients(jax.device_put(weights(), places), work.hyper, batch))
+        return jax.device_get(gradients(jax.device_put(weights(), places), {}, work.hyper, batch))
 
 
 @cache

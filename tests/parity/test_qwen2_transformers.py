@@ -21,7 +21,7 @@ from rpo_jax.model.attention import attend, rope_frequencies, rotate, visible
 from rpo_jax.model.qwen2 import Attention, Mlp, Network, RMSNorm, forward, head_table
 from rpo_jax.model.shape import ModelShape, load_shape, parse_shape, shape_to_hf
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.weights.names import from_hf, list_tensors
 

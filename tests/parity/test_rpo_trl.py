@@ -170,7 +170,7 @@ def our_result(**rpo):
         score = jax.jit(lambda params, batch: target_logps(SMALL, params, batch, Projection(5)))
         batch["reference_logps"] = np.asarray(score(weights(1), batch))
     compute = jax.jit(partial(compute_gradients, work.objective, 1))
-    gradients, means = compute(weights(0), work.hyper, batch)
+    gradients, means = compute(weights(0), {}, work.hyper, batch)
     loss = float(work.objective.loss(means, work.hyper))
     return loss, {t.name: np.asarray(find(gradients, t)) for t in list_tensors(SMALL.shape)}
 

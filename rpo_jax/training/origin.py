@@ -1,0 +1,244 @@
+"""Where weights come from: whole models, and adapters over the model of another folder.
+
+A model folder either holds whole weights, or `model/adapters.json` says whose weights its adapters
+change. That may be a folder of adapters in turn: the chain is followed to the whole weights at its
+end, and merged on the way, one array at a time and in float32.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rpo_jax.config import Config, Lora
+from rpo_jax.errors import UserError
+from rpo_jax.model.lora import init_adapters, merge_kernel
+from rpo_jax.model.quantize import is_quantized, quantize_kernel
+from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.sharding.rules import replicated
+from rpo_jax.training.checkpoint import (
+    Read,
+    describe_params,
+    find_step,
+    open_existing,
+    open_params,
+)
+from rpo_jax.training.state import abstract_weights, join_params, make_params, split_params
+
+NOTE = "adapters.json"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What adapters change.
+
+    Attributes:
+        base: the model folder whose weights they change.
+        step: of the checkpoint there.
+        checkpoint: fingerprint of that checkpoint.
+        lora: rank, alpha, targets.
+    """
+
+    base: Path
+    step: int
+    checkpoint: str
+    lora: Lora
+
+
+def read_adapters(folder: Path) -> Adapters | None:
+    """The note in a model folder; None where its weights are whole.
+
+    Raises:
+        UserError: the note is damaged.
+    """
+    path = folder / "model" / NOTE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        lora = Lora(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+        return Adapters(folder / values["base"], values["step"], values["checkpoint"], lora)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r})") from error
+
+
+def note_adapters(config: Config) -> None:
+    """Writes the note of a run of adapters: what they change is the newest step of `init_from`.
+
+    With `lora.previous="keep"` it is what the adapters there change, which this run trains on.
+
+    Raises:
+        UserError: there is nothing to keep, or it is of another shape than this run asks for.
+    """
+    assert config.origin is not None, "resolve() wants an origin for adapters"
+    folder, lora = config.folder, config.lora
+    before = read_adapters(config.origin)
+    if lora.previous == "keep":
+        if before is None:
+            raise UserError(
+                f"lora.previous='keep': {config.origin} holds whole weights and no adapters"
+            )
+        for name in ("rank", "alpha", "targets"):
+            if getattr(before.lora, name) != getattr(lora, name):
+                raise UserError(
+                    f"lora.{name}={getattr(lora, name)!r}: the adapters that are kept have "
+                    f"{getattr(before.lora, name)!r}"
+                )
+        base, step, checkpoint = before.base, before.step, before.checkpoint
+    else:
+        base = config.origin
+        with open_existing(base) as checkpoints:
+            step = find_step(checkpoints, None)
+        checkpoint = fingerprint_checkpoint(base, step)
+    values = {
+        "base": os.path.relpath(base, folder),
+        "step": step,
+        "checkpoint": checkpoint,
+        "lora": dataclasses.asdict(lora),
+    }
+    (folder / "model" / NOTE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint_checkpoint(folder: Path, step: int) -> str:
+    """Tells one written checkpoint from another: Orbax notes when each was begun.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path.parent}: the checkpoint is not there ({error})") from error
+
+
+def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:
+    """Step and whole weights of a model folder, adapters merged.
+
+    Args:
+        folder: of the model.
+        abstract: places and dtypes; what is quantised there is quantised once it is merged.
+        step: of the checkpoint; default: the newest.
+
+    Raises:
+        UserError: the folder holds no checkpoint (of that step), or one of another shape; or
+            adapters whose base is no longer what they were trained on.
+    """
+    with contextlib.ExitStack() as stack:
+        found, read = _open(folder, abstract, step, stack)
+
+        def load(path: Any, leaf: Any) -> Any:
+            if not is_quantized(leaf):
+                return read(path, leaf)
+            places = jax.tree.map(lambda part: part.sharding, leaf)
+            whole = read(path, _as_stored(leaf))
+            quantize = partial(quantize_kernel, name=path[-2].key, how=leaf.qtype)
+            return jax.jit(quantize, out_shardings=places, donate_argnums=0)(whole)
+
+        return found, jax.tree_util.tree_map_with_path(load, abstract, is_leaf=is_quantized)
+
+
+def _as_stored(leaf: Any) -> Any:
+    """The array that a quantised one is made of."""
+    if not is_quantized(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.qvalue.sharding)
+
+
+def _open(
+    folder: Path, abstract: Params, step: int | None, stack: contextlib.ExitStack
+) -> tuple[int, Read]:
+    """The step of a folder's weights, and a function that reads one array of them, merged."""
+    adapters = read_adapters(folder)
+    checkpoints = stack.enter_context(open_existing(folder))
+    found = find_step(checkpoints, step)
+    if adapters is None:
+        stored = jax.tree.map(_as_stored, abstract, is_leaf=is_quantized)
+        return found, open_params(checkpoints, found, stored)
+    _check_base(folder, adapters)
+    _, read_base = _open(adapters.base, abstract, adapters.step, stack)
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    pairs = load_trained(folder, mesh, found)["lora"]
+    scale = adapters.lora.alpha / adapters.lora.rank
+
+    def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        kernel = read_base(path, leaf)
+        keys = [key.key for key in path]
+        if keys[0] != "layers" or keys[-1] != "kernel" or keys[2] not in pairs.get(keys[1], {}):
+            return kernel
+        merge = partial(merge_kernel, scale=scale)
+        pair = pairs[keys[1]][keys[2]]
+        return jax.jit(merge, out_shardings=leaf.sharding, donate_argnums=0)(kernel, **pair)
+
+    return found, read
+
+
+def _check_base(folder: Path, adapters: Adapters) -> None:
+    if fingerprint_checkpoint(adapters.base, adapters.step) != adapters.checkpoint:
+        raise UserError(
+            f"{folder}: its adapters were trained over another checkpoint than {adapters.base} "
+            f"holds now at step {adapters.step}; restore that, or train them anew"
+        )
+
+
+def load_trained(folder: Path, mesh: Mesh, step: int | None = None) -> Params:
+    """The adapters of a model folder, a whole copy on every device."""
+    everywhere = replicated(mesh)
+    with open_existing(folder) as checkpoints:
+        found = find_step(checkpoints, step)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            describe_params(checkpoints, found),
+        )
+        read = open_params(checkpoints, found, abstract)
+        return jax.tree_util.tree_map_with_path(read, abstract)
+
+
+def load_frozen(folder: Path, network: Network, mesh: Mesh) -> Params:
+    """What a run does not train, on the mesh: {} if it trains everything."""
+    _, abstract = split_params(abstract_weights(network, mesh))
+    adapters = read_adapters(folder)
+    if adapters is None:
+        return {}
+    _check_base(folder, adapters)
+    return load_params(adapters.base, abstract, adapters.step)[1]
+
+
+def first_trained(config: Config, network: Network, mesh: Mesh, frozen: Params) -> Params:
+    """What a run trains, as it is at step 0: random, those of `init_from`, or new adapters."""
+    if config.origin is None:
+        return make_params(network, mesh, config.seed)
+    abstract, _ = split_params(abstract_weights(network, mesh))
+    if network.lora is None:
+        return load_params(config.origin, abstract)[1]
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if network.lora.previous == "keep":
+        return jax.device_put(load_trained(config.origin, mesh), places)
+    init = partial(init_adapters, lora=network.lora, key=jax.random.key(config.seed))
+    shapes = jax.eval_shape(lambda: frozen["layers"])
+    return jax.jit(lambda: {"lora": init(shapes)}, out_shardings=places)()
+
+
+def load_run(folder: Path, network: Network, mesh: Mesh) -> tuple[int, Params]:
+    """Step and weights of a run as it was trained: adapters beside their base, quantised if it was.
+
+    Raises:
+        UserError: as `load_params`.
+    """
+    abstract = abstract_weights(network, mesh)
+    if network.lora is None:
+        return load_params(folder, abstract)
+    trained, _ = split_params(abstract)
+    with open_existing(folder) as checkpoints:
+        step = find_step(checkpoints, None)
+    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    adapters = jax.device_put(load_trained(folder, mesh, step), places)
+    return step, join_params(adapters, load_frozen(folder, network, mesh))
