@@ -86,7 +86,9 @@ def make_step(
         state: TrainState, frozen: Params, hyper: Hyper, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         if config.lora.dropout:
-            batch = batch | {"dropout_seed": draw_dropout_seeds(config.seed, state.step, batch)}
+            batch = batch | {
+                "dropout_seed": draw_dropout_seeds(config.seed, state.step, len(batch["tokens"]))
+            }
         grads, means = compute_gradients(
             objective, config.train.micro_batches, state.params, frozen, hyper, batch
         )
@@ -118,10 +120,10 @@ def make_step(
     )
 
 
-def draw_dropout_seeds(seed: int, step: Array, batch: Batch) -> UInt32[Array, "B"]:
+def draw_dropout_seeds(seed: int, step: Array, rows: int) -> UInt32[Array, "B"]:
     """A number for each row of the global batch; the same for any cut of it."""
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.bits(key, batch["tokens"].shape[:1])
+    return jax.random.bits(key, (rows,))
 
 
 def make_measure(work: Workload, abstract: Params) -> jax.stages.Wrapped:

@@ -1,0 +1,356 @@
+"""Adapters: what they compute, how they begin, what is trained, and whole runs of them."""
+
+import dataclasses
+import json
+import re
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpo_jax import cli
+from rpo_jax.config import TARGETS, Lora
+from rpo_jax.evaluate import main as evaluate_main
+from rpo_jax.model.lora import merge_kernel
+from rpo_jax.model.quantize import multiply, quantize_kernel
+from rpo_jax.model.qwen2 import abstract_params, forward, init_params
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.rules import batch_sharding
+from rpo_jax.training.evaluation import put_batch
+from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.origin import load_params, load_run
+from rpo_jax.training.state import abstract_state, abstract_weights, split_params
+from rpo_jax.training.step import compute_gradients, draw_dropout_seeds, make_step
+from tests.test_train import CPT, REPO, RPO, overrides, refuse, rpo_overrides, run, workdir
+from tests.tiny import (
+    MESHES,
+    NETWORK,
+    SHAPE,
+    make_config,
+    make_work,
+    pair_batch,
+    pairs,
+    relative_difference,
+)
+
+__all__ = ["workdir"]  # the fixture
+
+LORA = Lora(rank=3, alpha=6.0)
+SMALL = dataclasses.replace(
+    NETWORK, shape=dataclasses.replace(SHAPE, num_hidden_layers=2), lora=LORA
+)
+
+
+def perturbed(network, seed=0):
+    """Random weights whose adapters have both factors away from zero."""
+    params = jax.jit(partial(init_params, network))(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params["lora"])
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    drawn = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return {**params, "lora": jax.tree.unflatten(tree, drawn)}
+
+
+def merged(network, params):
+    scale = network.lora.alpha / network.lora.rank
+    layers = {room: dict(params["layers"][room]) for room in ("attention", "mlp")}
+    for room, pairs_ in params["lora"].items():
+        for name, pair in pairs_.items():
+            old = layers[room][name]
+            layers[room][name] = {**old, "kernel": merge_kernel(old["kernel"], **pair, scale=scale)}
+    base = {key: value for key, value in params.items() if key != "lora"}
+    return {**base, "layers": {**params["layers"], **layers}}
+
+
+def hidden(network, params, **more):
+    batch = pair_batch(pairs())
+    ids = (batch[key] for key in ("tokens", "segment_ids", "branch_ids", "positions"))
+    return jax.jit(partial(forward, network))(params, *ids, **more)
+
+
+@pytest.mark.parametrize("init", ["b_zero", "a_zero"])
+def test_adapters_begin_as_no_change_and_can_learn(init):
+    network = dataclasses.replace(SMALL, lora=dataclasses.replace(LORA, init=init))
+    params = init_params(network, jax.random.key(0))
+    base = {key: value for key, value in params.items() if key != "lora"}
+    np.testing.assert_array_equal(hidden(network, params), hidden(network.base, base))
+    zero, drawn = ("b", "a") if init == "b_zero" else ("a", "b")
+    for room in params["lora"].values():
+        for pair in room.values():
+            assert not np.any(pair[zero])
+            assert np.std(pair[drawn]) > 0.05
+            assert pair["a"].dtype == pair["b"].dtype == jnp.float32
+    # The factor that is zero has a gradient from the first step on, the other one none yet.
+    work = make_work(make_config(), network)
+    compute = jax.jit(partial(compute_gradients, work.objective, 1))
+    with jax.set_mesh(work.mesh):
+        grads, _ = compute(*split_params(params), work.hyper, pair_batch(pairs()))
+    for room in grads["lora"].values():
+        for pair in room.values():
+            assert np.linalg.norm(pair[zero]) > 0
+            assert not np.any(pair[drawn])
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q", "down")])
+def test_an_adapted_model_is_the_merged_one(targets):
+    network = dataclasses.replace(SMALL, lora=dataclasses.replace(LORA, targets=targets))
+    params = perturbed(network)
+    assert {name for room in params["lora"].values() for name in room} == set(targets)
+    plain = hidden(network.base, merged(network, params))
+    assert relative_difference(plain, hidden(network, params)) < 2e-6
+    assert relative_difference(plain, hidden(network.base, params | {"lora": {}})) > 1e-2
+
+
+def test_gradients_follow_from_those_of_the_merged_kernel():
+    """dA = scale dW B^T and dB = scale A^T dW, with dW the gradient of the merged kernel."""
+    params = perturbed(SMALL)
+    batch = pair_batch(pairs())
+    work, base_work = make_work(make_config(), SMALL), make_work(make_config(), SMALL.base)
+    with jax.set_mesh(work.mesh):
+        grads, means = jax.jit(partial(compute_gradients, work.objective, 1))(
+            *split_params(params), work.hyper, batch
+        )
+        whole, base_means = jax.jit(partial(compute_gradients, base_work.objective, 1))(
+            merged(SMALL, params), {}, work.hyper, batch
+        )
+    np.testing.assert_allclose(means["dpo"], base_means["dpo"], rtol=1e-5)
+    assert grads.keys() == {"lora"}
+    scale, rank = LORA.alpha / LORA.rank, LORA.rank
+    for room, pairs_ in params["lora"].items():
+        for name, pair in pairs_.items():
+            a, b = pair["a"].reshape(2, -1, rank), pair["b"].reshape(2, rank, -1)
+            change = whole["layers"][room][name]["kernel"].reshape(2, a.shape[1], b.shape[2])
+            found = grads["lora"][room][name]
+            wanted = {
+                "a": scale * jnp.einsum("lio,lro->lir", change, b).reshape(pair["a"].shape),
+                "b": scale * jnp.einsum("lir,lio->lro", a, change).reshape(pair["b"].shape),
+            }
+            assert relative_difference(wanted, dict(found)) < 1e-5, name
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_quantised_product_and_its_gradient(how):
+    kernel = jax.random.normal(jax.random.key(0), (2, 4, 32, 48)) * 0.02
+    x = jax.random.normal(jax.random.key(1), (3, 5, 4, 32))
+    packed = quantize_kernel(kernel, "o", how)
+    first = jax.tree.map(lambda leaf: leaf[0], packed)
+    import qwix
+
+    widened = qwix.dequantize(first)
+    error = jnp.linalg.norm(widened - kernel[0]) / jnp.linalg.norm(kernel[0])
+    assert 1e-3 < error < {"int8": 0.01, "nf4": 0.12}[how]
+    bits = sum(leaf.size * jnp.finfo(leaf.dtype).bits for leaf in [packed.scale])
+    assert bits == kernel.size / 32 * 32  # one float32 scale for each 32 values: all of head_dim
+    product, pull = jax.vjp(lambda x: multiply(x, first, 2), x)
+    plain, pull_plain = jax.vjp(lambda x: jnp.tensordot(x, widened, 2), x)
+    np.testing.assert_allclose(product, plain, rtol=1e-5, atol=1e-6)
+    grad = jax.random.normal(jax.random.key(2), product.shape)
+    np.testing.assert_allclose(pull(grad)[0], pull_plain(grad)[0], rtol=1e-5, atol=1e-6)
+    # What waits for the backward pass is the packed kernel, not the widened one.
+    waiting = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull)}
+    assert (widened.shape, "float32") not in waiting
+
+
+def test_tiles_of_the_72b_divide_over_four_and_eight_chips():
+    kernel = jax.ShapeDtypeStruct((2, 29568, 64), jnp.bfloat16)
+    packed = jax.eval_shape(partial(quantize_kernel, name="down", how="nf4"), kernel)
+    assert packed.scale.shape == (2, 29568 // 32, 64) and packed.scale.dtype == jnp.bfloat16
+    assert packed.scale.shape[1] % 4 == 0
+    q = jax.ShapeDtypeStruct((2, 8192, 64, 128), jnp.bfloat16)
+    packed = jax.eval_shape(partial(quantize_kernel, name="q", how="nf4"), q)
+    assert packed.scale.shape == (2, 128, 64, 128)
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+def test_any_mesh_and_micro_batch_gives_the_same_gradients(quantize):
+    """With dropout too: a row's mask is its own."""
+    lora = dataclasses.replace(LORA, dropout=0.2)
+    network = dataclasses.replace(SMALL, lora=lora, quantize=quantize)
+    params = jax.device_get(perturbed(network))
+    batch = pair_batch(pairs())
+    batch["dropout_seed"] = np.asarray(draw_dropout_seeds(0, jnp.int32(3), 8))
+    found = []
+    for mesh, micro_batches, devices in (("data8", 1, 1), ("data2-fsdp2-tensor2", 2, 8)):
+        axes = dataclasses.asdict(MESHES[mesh]) if devices > 1 else {}
+        config = make_config(mesh=axes, train={"micro_batches": micro_batches})
+        work = make_work(config, network, jax.devices()[:devices])
+        abstract = abstract_weights(network, work.mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, split_params(abstract))
+        with jax.set_mesh(work.mesh):
+            compute = jax.jit(
+                partial(compute_gradients, work.objective, micro_batches),
+                in_shardings=(*places, None, batch_sharding(work.mesh)),
+            )
+            trained, frozen = jax.device_put(split_params(params), places)
+            found.append(
+                jax.device_get(compute(trained, frozen, work.hyper, put_batch(batch, work.mesh)))
+            )
+    assert relative_difference(found[0][0], found[1][0]) < 1e-5
+    assert relative_difference(found[0][1], found[1][1]) < 1e-5
+
+
+def test_dropout_is_for_training_alone_and_keeps_the_mean():
+    network = dataclasses.replace(SMALL, lora=dataclasses.replace(LORA, dropout=0.5))
+    params = perturbed(network)
+    plain = hidden(SMALL, params)
+    np.testing.assert_array_equal(hidden(network, params), plain)
+    seeds = jnp.arange(8, dtype=jnp.uint32)
+    dropped = hidden(network, params, dropout_seed_B=seeds)
+    assert relative_difference(plain, dropped) > 1e-2
+    other = hidden(network, params, dropout_seed_B=seeds.at[0].set(77))
+    assert not np.array_equal(other[0], dropped[0])
+    np.testing.assert_array_equal(other[1:], dropped[1:])
+
+
+def test_a_step_moves_adapters_alone_and_sums_their_gradients_in_float32():
+    network = dataclasses.replace(
+        SMALL, param_dtype="bfloat16", compute_dtype="bfloat16", scan_layers=True
+    )
+    work = make_work(make_config(mesh={"data": 4, "tensor": 2}), network, jax.devices())
+    tx = make_optimizer(work.config.optim)
+    with jax.set_mesh(work.mesh):
+        abstract = abstract_state(network, tx, work.mesh)
+        assert abstract.params.keys() == {"lora"}
+        moments = sum(leaf.size for leaf in jax.tree.leaves(abstract.optimizer))
+        assert moments < 2.1 * sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        _, frozen = split_params(abstract_weights(network, work.mesh))
+        step = make_step(work, tx, abstract)
+        lowered = step.lower(abstract, frozen, work.hyper, pair_batch(pairs()))
+        text = lowered.compile().as_text()
+    rank = LORA.rank
+    summed = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? (?:all-reduce|reduce-scatter)", text)
+    of_factors = [kind for kind, sizes in summed if str(rank) in sizes.split(",")]
+    assert of_factors and set(of_factors) == {"f32"}, summed
+
+
+def test_a_merge_is_computed_in_float32():
+    kernel = jnp.full((1, 4, 4), 1.0, jnp.bfloat16)
+    a, b = jnp.full((1, 4, 1), 0.1), jnp.full((1, 1, 4), 0.1)
+    result = merge_kernel(kernel, a, b, 1.0)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(result, jnp.bfloat16(1.01))
+
+
+# Runs from end to end.
+
+
+def lora_overrides(folder, **fields):
+    quick = {"train__steps": 6, "lora__rank": 4, "optim__learning_rate": 0.01}
+    return overrides(folder, init_from="fictional-base", **{**quick, **fields})
+
+
+@pytest.fixture(scope="module")
+def adapted(workdir, make_once):
+    """A folder with the base and a run of adapters over it in its nf4 form."""
+
+    def build(folder):
+        shutil.copytree(workdir, folder, dirs_exist_ok=True)
+        run(CPT, lora_overrides(folder, name="cpt", lora__quantize="nf4"))
+
+    return make_once("adapted", build)
+
+
+def network_of(config, arguments):
+    from rpo_jax.train import build
+
+    work = build(cli.load_config(str(config), arguments))
+    return work.network, work.mesh
+
+
+def test_a_qlora_run_holds_adapters_and_names_its_base(adapted):
+    summary = json.loads((adapted / "cpt/summary.json").read_text())["heldout"]
+    assert summary["after"]["nll"] < summary["before"]["nll"]
+    note = json.loads((adapted / "cpt/model/adapters.json").read_text())
+    assert note["base"] == "../fictional-base" and note["step"] == 40
+    network, mesh = network_of(CPT, lora_overrides(adapted, name="cpt", lora__quantize="nf4"))
+    step, trained = load_run(adapted / "cpt", network, mesh)
+    assert step == 6 and trained["layers"]["mlp"]["up"]["kernel"].qtype == "nf4"
+    # Read as a whole model it is merged into the weights as they were before they were quantised.
+    base_mesh = make_mesh(make_config().mesh, jax.devices()[:1])
+    abstract = abstract_weights(network.base, base_mesh)
+    _, base = load_params(adapted / "fictional-base", abstract)
+    _, whole = load_params(adapted / "cpt", abstract)
+    adapters = jax.device_get(trained["lora"])
+    wanted = merged(network, {**base, "lora": adapters})
+    assert relative_difference(wanted, whole) < 1e-6
+    assert relative_difference(base["layers"], whole["layers"]) > 1e-3
+
+
+def test_rpo_starts_from_merged_or_from_kept_adapters(adapted, capsys):
+    for previous in ("merge", "keep"):
+        more = {"lora__rank": 4, "lora__previous": previous, "train__steps": 3}
+        name = f"rpo-{previous}"
+        arguments = rpo_overrides(adapted, name=name, init_from="cpt", **more)
+        heldout = run(RPO, arguments)["heldout"]
+        assert heldout["before"]["margin"] == 0.0, previous
+        assert heldout["after"]["margin"] != 0.0
+        base = json.loads((adapted / name / "model/adapters.json").read_text())["base"]
+        assert base == {"merge": "../cpt", "keep": "../fictional-base"}[previous]
+        # What was stored is gone: the reference is made again from the model of step 0.
+        for path in (adapted / "data").rglob("reference-*.npy"):
+            path.unlink()
+        words = ["evaluate", f"--config={RPO}", *arguments, "--json_line"]
+        cli.run(evaluate_main, words, json_line="")
+        margin = json.loads(capsys.readouterr().out.splitlines()[-1])["heldout"]["margin"]
+        np.testing.assert_allclose(margin, heldout["after"]["margin"], rtol=1e-4, atol=1e-6)
+    more["lora__rank"] = 5
+    message = refuse(capsys, RPO, rpo_overrides(adapted, name="other", init_from="cpt", **more))
+    assert "lora.rank=5: the adapters that are kept have 4" in message
+    plain = rpo_overrides(adapted, name="other", **more)
+    assert "holds whole weights and no adapters" in refuse(capsys, RPO, plain)
+
+
+def test_a_base_that_changed_is_refused(adapted, tmp_path, capsys):
+    folder = tmp_path / "runs"
+    shutil.copytree(adapted, folder)
+    note = folder / "fictional-base/checkpoints/40/_CHECKPOINT_METADATA"
+    note.write_bytes(note.read_bytes() + b" ")
+    arguments = lora_overrides(folder, name="cpt", lora__quantize="nf4", checkpoint__keep=3)
+    message = refuse(capsys, CPT, arguments)
+    assert "were trained over another checkpoint" in message
+    (folder / "cpt/model/adapters.json").write_text("{")
+    assert "adapters.json: damaged" in refuse(capsys, CPT, arguments)
+
+
+def test_an_uninterrupted_run_and_a_resumed_one_are_the_same(adapted):
+    whole = lora_overrides(adapted, name="whole", lora__dropout=0.1, checkpoint__save_every_steps=3)
+    first = run(CPT, whole)
+    shutil.copytree(adapted / "whole", adapted / "resumed")
+    shutil.rmtree(adapted / "resumed/checkpoints/6")
+    config = json.loads((adapted / "resumed/run.json").read_text())
+    config["config"]["name"] = "resumed"
+    (adapted / "resumed/run.json").write_text(json.dumps(config))
+    second = run(CPT, [word.replace("name=whole", "name=resumed") for word in whole])
+    assert first["heldout"] == second["heldout"]
+
+
+def test_what_a_config_cannot_ask_for(tmp_path, capsys):
+    for fields, message in (
+        ({"lora__rank": 0, "lora__quantize": "nf4"}, "quantised weights are frozen"),
+        ({"lora__targets": "('q','w')"}, "lora.targets: 'w' is none of"),
+        ({"init_from": ""}, "adapters need a model to adapt"),
+        ({"lora__dropout": 1.0}, "lora.dropout=1.0: must be below 1"),
+    ):
+        assert message in refuse(capsys, CPT, lora_overrides(tmp_path, **fields))
+
+
+def test_learning_rates_go_by_method():
+    base = REPO / "configs/fictional_rpo.py"
+    for rank, rate in ((0, 7e-7), (8, 1e-5)):
+        words = ["--config.optim.learning_rate=0.0", f"--config.lora.rank={rank}"]
+        assert cli.load_config(str(base), words).optim.learning_rate == rate
+
+
+def test_parameters_of_the_72b_adapters():
+    """Rank 16 on all projections of the 72B: 16 (in + out) values each, 80 layers."""
+    from rpo_jax.model.shape import load_shape
+
+    network = dataclasses.replace(
+        NETWORK, shape=load_shape("qwen2.5-72b"), lora=Lora(rank=16), param_dtype="bfloat16"
+    )
+    adapters = abstract_params(network)["lora"]
+    wide, kv, mlp = 8192, 1024, 29568
+    sides = 2 * (wide + wide) + 2 * (wide + kv) + 3 * (wide + mlp)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 80 * 16 * sides
