@@ -138,7 +138,7 @@ def seed_dropout(adapters: Params, layers: int, seed_B: UInt32[Array, "B"]) -> P
         return jax.vmap(one, out_axes=1)(seed_B)
 
     return jax.tree.unflatten(
-        tree, [{**pair, "dropout_seed": seeds(index)} for index, pair in enumerate(paths)]
+        tree, [{**pair, "dropout_seed_B": seeds(index)} for index, pair in enumerate(paths)]
     )
 
 

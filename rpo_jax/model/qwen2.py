@@ -54,7 +54,6 @@ class Network:
         return replace(self, lora=None, quantize="")
 
 
-
 def make_network(shape: ModelShape, config: ModelConfig, lora: Lora) -> Network:
     """The network that a config asks for."""
     return Network(

@@ -1,0 +1,180 @@
+"""Adapters in the format of PEFT, out and in.
+
+PEFT stores an adapter as two matrices, `lora_A.weight` [R, inputs] and `lora_B.weight`
+[outputs, R], which are ours transposed, heads and head_dim joined.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from rpo_jax.config import TARGETS, Lora
+from rpo_jax.errors import UserError
+from rpo_jax.model.quantize import count_inputs
+from rpo_jax.model.shape import ModelShape
+from rpo_jax.weights.names import Tensor, list_tensors
+from rpo_jax.weights.shards import read_json, read_shard
+from rpo_jax.weights.store import DTYPES
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Of what PEFT's LoRA can be told, that which changes the result and is not ours to follow: each
+# with the values that leave it off.
+_OFF = {
+    "bias": ("none",),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": ([],),
+    "layers_to_transform": (),
+    "layer_replication": (),
+    "trainable_token_indices": (),
+    "target_parameters": (),
+}
+
+
+def _list_factors(shape: ModelShape) -> Iterator[tuple[Tensor, str, str]]:
+    """Each adaptable tensor of a model, the name of its projection, its stem in PEFT's names."""
+    for tensor in list_tensors(shape):
+        room, _, name = tensor.path.removesuffix("/kernel").rpartition("/")
+        if tensor.path.endswith("/kernel") and room.startswith("layers/"):
+            yield tensor, name, f"base_model.model.{tensor.name.removesuffix('.weight')}"
+
+
+def _find(pairs: dict[str, Any], tensor: Tensor) -> dict[str, np.ndarray]:
+    _, room, name, _ = tensor.path.split("/")
+    return pairs[room][name]
+
+
+def write_peft(
+    target: epath.Path, pairs: dict[str, Any], lora: Lora, shape: ModelShape, base: str
+) -> None:
+    """Writes adapters as a folder that PEFT loads.
+
+    Args:
+        target: a new folder.
+        pairs: our adapters of all layers, float32 on the host, as `init_adapters` lays them out.
+        lora: rank, alpha and targets.
+        shape: of the base.
+        base: hub id or path of the base model, for PEFT to find it.
+    """
+    tensors, modules = {}, set()
+    for tensor, name, stem in _list_factors(shape):
+        if name in lora.targets:
+            pair = _find(pairs, tensor)
+            a, b = pair["a"][tensor.layer], pair["b"][tensor.layer]
+            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
+            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
+            modules.add(stem.rpartition(".")[2])
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(parents=True)
+    (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    partial.rename(target)
+
+
+def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, Any]]:
+    """Reads a folder that PEFT saved.
+
+    Returns:
+        Rank, alpha, dropout and targets, and the adapters of all layers as float32, as
+        `init_adapters` lays them out.
+
+    Raises:
+        UserError: it is no LoRA, one of a kind that we do not compute, or one of another model;
+            names the setting or the tensor.
+    """
+    lora = _read_config(source)
+    path = source / WEIGHTS
+    if not path.exists():
+        raise UserError(f"{path}: not there; a folder saved by PEFT as safetensors is wanted")
+    entries = {entry.name: entry for entry in read_shard(path).entries}
+    data, rank = path.read_bytes(), lora.rank
+
+    def take(name: str, stored_shape: tuple[int, int]) -> np.ndarray:
+        entry = entries.pop(name, None)
+        if entry is None:
+            raise UserError(f"{path}: {name}: missing")
+        if entry.shape != stored_shape:
+            raise UserError(f"{path}: {name}: shape {entry.shape}, {stored_shape} is wanted")
+        raw = np.frombuffer(data[entry.start : entry.end], DTYPES[entry.dtype])
+        value = raw.reshape(stored_shape).T.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {name}: holds values that are not finite")
+        return value
+
+    pairs: dict[str, Any] = {}
+    for tensor, name, stem in _list_factors(shape):
+        if name not in lora.targets:
+            continue
+        cut = count_inputs(name)
+        inputs, outputs = tensor.shape[:cut], tensor.shape[cut:]
+        a = take(f"{stem}.lora_A.weight", (rank, math.prod(inputs)))
+        b = take(f"{stem}.lora_B.weight", (math.prod(outputs), rank))
+        room = pairs.setdefault(tensor.path.split("/")[1], {})
+        layers = room.setdefault(name, {"a": [], "b": []})
+        layers["a"].append(a.reshape(*inputs, rank))
+        layers["b"].append(b.reshape(rank, *outputs))
+    if entries:
+        raise UserError(f"{path}: {min(entries)}: no adapter of this model has that tensor")
+    return lora, {
+        room: {
+            name: {key: np.stack(layers) for key, layers in pair.items()}
+            for name, pair in sorted(named.items())
+        }
+        for room, named in pairs.items()
+    }
+
+
+def _read_config(source: epath.Path) -> Lora:
+    path = source / CONFIG
+    if not path.exists():
+        raise UserError(f"{path}: not there; a folder that PEFT saved is wanted")
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}, 'LORA' is wanted")
+    for key, off in _OFF.items():
+        if values.get(key) is not None and values[key] not in off:
+            raise UserError(f"{path}: {key}={values[key]!r} is not supported")
+    modules = values.get("target_modules")
+    names = {"all-linear": list(TARGETS)}.get(str(modules), modules)
+    if not isinstance(names, list):
+        raise UserError(f"{path}: target_modules={modules!r}: a list of names is wanted")
+    targets = {str(name).removesuffix("_proj") for name in names}
+    if not targets or not targets <= set(TARGETS):
+        raise UserError(
+            f"{path}: target_modules={modules!r}: some of "
+            f"{', '.join(f'{target}_proj' for target in TARGETS)} are wanted"
+        )
+    rank, alpha, dropout = (values.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
+        raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r}: positive numbers are wanted")
+    return Lora(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(dropout or 0.0),
+        targets=tuple(target for target in TARGETS if target in targets),
+    )
