@@ -156,3 +156,27 @@ def _backward(how: Projection, saved: Any, grad_BM: Array) -> tuple[Array, Array
 
 
 token_logps.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def token_divergences(
+    hidden_BMD: Float[Array, "B M D"],
+    other_BMD: Float[Array, "B M D"],
+    head_VD: Float[Array, "V D"],
+    other_head_VD: Float[Array, "V D"],
+    how: Projection,
+) -> Float[Array, "B M"]:
+    """KL(softmax(hidden @ head.T) || softmax(other @ other_head.T)) of each position, in nats.
+
+    Float32, a chunk of positions at a time, as in `token_logps`; not meant to be differentiated.
+    """
+    head, other_head = head_VD.astype(hidden_BMD.dtype), other_head_VD.astype(other_BMD.dtype)
+
+    def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+        logps_BmV = jax.nn.log_softmax(_logits(part[0], head, how), axis=-1)
+        other_BmV = jax.nn.log_softmax(_logits(part[1], other_head, how), axis=-1)
+        # Rows that are no tokens have log-probability -inf on both sides, and no share.
+        terms_BmV = jnp.where(logps_BmV == -jnp.inf, 0.0, logps_BmV - other_BmV)
+        return None, jnp.sum(jnp.exp(logps_BmV) * terms_BmV, axis=-1)
+
+    _, kl_CBm = jax.lax.scan(one, None, (_cut(hidden_BMD, how), _cut(other_BMD, how)))
+    return _join(kl_CBm, hidden_BMD)
