@@ -19,7 +19,8 @@ from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.model.qwen2 import Network, abstract_params
 from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params, open_checkpoints, save_state
+from rpo_jax.training.checkpoint import open_checkpoints, save_state
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import TrainState, abstract_weights
 from rpo_jax.weights import store
 from rpo_jax.weights.names import from_hf, list_tensors

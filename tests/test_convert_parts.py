@@ -26,7 +26,7 @@ from tiny import SHAPE
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.model.qwen2 import Network
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.weights import importing
 from rpo_jax.weights.importing import Part, import_weights
@@ -253,7 +253,7 @@ from rpo_jax.config import Mesh
 from rpo_jax.model.qwen2 import Network
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 folder = Path(sys.argv[3])
 shape = load_shape(str(folder / "model" / "config.json"))

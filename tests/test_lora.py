@@ -300,8 +300,7 @@ def test_rpo_starts_from_merged_or_from_kept_adapters(adapted, capsys):
         # What was stored is gone: the reference is made again from the model of step 0.
         for path in (adapted / "data").rglob("reference-*.npy"):
             path.unlink()
-        words = ["evaluate", f"--config={RPO}", *arguments, "--json_line"]
-        cli.run(evaluate_main, words, json_line="")
+        evaluate_main([f"--config={RPO}", *arguments, "--json"])
         margin = json.loads(capsys.readouterr().out.splitlines()[-1])["heldout"]["margin"]
         np.testing.assert_allclose(margin, heldout["after"]["margin"], rtol=1e-4, atol=1e-6)
     more["lora__rank"] = 5
