@@ -5,13 +5,18 @@
     python -m rpo_jax.convert export  --source runs/rpo --target release
     python -m rpo_jax.convert inspect --source release
 
+Runs of adapters are exported merged, or with --adapter as PEFT loads them; import --base takes them
+back.
+
 An interrupted import or export goes on where it stopped when the same command is given again.
 """
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,13 +28,22 @@ from rpo_jax.cli import exit_on_error
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, forward, head_table
+from rpo_jax.model.shape import parse_shape
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.origin import load_params
+from rpo_jax.training.origin import (
+    check_base,
+    load_pairs,
+    load_params,
+    read_adapters,
+    store_adapters,
+)
 from rpo_jax.training.state import abstract_weights
+from rpo_jax.weights.adapters import MergedArrays, list_factors, read_peft, write_peft
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor
 from rpo_jax.weights.release import make_card
+from rpo_jax.weights.shards import read_json
 from rpo_jax.weights.source import KEPT_FILES, Source, open_source
 from rpo_jax.weights.store import DTYPES
 
@@ -39,7 +53,10 @@ _TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an a
 
 
 def import_command(args: argparse.Namespace) -> None:
-    """Hugging Face safetensors -> a model folder."""
+    """Hugging Face safetensors -> a model folder; with --base, a PEFT adapter over that one."""
+    if args.base:
+        _import_adapters(epath.Path(args.source), Path(args.base), Path(args.target))
+        return
     source = find_source(args.source, args.revision)
     if import_weights(source, epath.Path(args.target), args.ram_budget_gib, args.part):
         print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
@@ -51,14 +68,17 @@ def import_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    """A model folder -> Hugging Face safetensors, with a model card."""
-    weights = open_weights(epath.Path(args.source), args.step)
+    """A model folder -> Hugging Face safetensors, adapters merged, with a model card."""
+    weights = open_model(Path(args.source), args.step)
     base = args.base or _origin(weights, "")
     if base != "none" and not _HUB_ID.fullmatch(base):
         raise UserError(
             f"--base={args.base!r}: the card must name the base model, whose licence applies: give "
             "its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
         )
+    if args.adapter:
+        _export_adapters(weights, epath.Path(args.target), base)
+        return
     dtype = _DTYPES.get(args.dtype, weights.arrays.dtype)
     stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
     texts = (_read_text(path) for path in (args.method, args.data, args.results))
@@ -74,7 +94,7 @@ def export_command(args: argparse.Namespace) -> None:
 
 def verify_command(args: argparse.Namespace) -> None:
     """Reads all weights against the checksums of their import; --against compares logits too."""
-    weights = open_weights(epath.Path(args.source), args.step)
+    weights = open_model(Path(args.source), args.step)
     peer = (
         make_peer(weights, args.against, _read_text(args.text) or _TEXT) if args.against else None
     )
@@ -92,9 +112,13 @@ def inspect_command(args: argparse.Namespace) -> None:
     """Describes a model folder, or a folder of safetensors, from its headers alone."""
     folder = epath.Path(args.source)
     if (folder / "model").is_dir():
-        weights = open_weights(folder, args.step)
+        weights = open_model(Path(args.source), args.step)
         shape, dtype, tensors = weights.shape, weights.arrays.dtype, list(weights.tensors.values())
         print(f"{weights.folder_of_step}: checkpoint of {_origin(weights, 'a run')}")
+        if adapters := read_adapters(Path(args.source)):
+            print(f"  adapters over {adapters.base}, step {adapters.step}; merged in what follows")
+            for name in ("rank", "alpha", "targets"):
+                print(f"  {name}: {getattr(adapters.lora, name)}")
     else:
         source = find_source(args.source, args.revision)
         shape, dtype, tensors = source.shape, source.dtype, list(source.tensors)
@@ -104,6 +128,49 @@ def inspect_command(args: argparse.Namespace) -> None:
     for name, value in vars(shape).items():
         print(f"  {name}: {value}")
     print(f"  {len(tensors)} tensors, {_count(tensors):,} parameters, {dtype}")
+
+
+def open_model(folder: Path, step: int | None) -> Weights:
+    """Opens a step of a model folder for reading; adapters are merged into what is read of it.
+
+    Raises:
+        UserError: no such step, unreadable, or adapters whose base is not what it was.
+    """
+    adapters = read_adapters(folder)
+    if adapters is None:
+        return open_weights(epath.Path(folder), step)
+    check_base(folder, adapters)
+    found, pairs = load_pairs(folder, step)
+    base = open_model(adapters.base, adapters.step)
+    factors = list_factors(pairs, adapters.lora, base.shape)
+    arrays = MergedArrays(base.arrays, factors, adapters.lora.alpha / adapters.lora.rank)
+    return replace(base, folder=epath.Path(folder), step=found, arrays=arrays)
+
+
+def _import_adapters(source: epath.Path, base: Path, target: Path) -> None:
+    path = base / "model" / "config.json"
+    lora, pairs = read_peft(source, parse_shape(read_json(epath.Path(path)), str(path)))
+    store_adapters(target, base, lora, pairs)
+    count = sum(leaf.size for leaf in jax.tree.leaves(pairs))
+    print(f"{target}: {count:,} parameters of adapters of rank {lora.rank} over {base}")
+
+
+def _export_adapters(weights: Weights, target: epath.Path, base: str) -> None:
+    folder = Path(weights.folder)
+    adapters = read_adapters(folder)
+    if adapters is None:
+        raise UserError(f"--adapter: {folder} holds whole weights and no adapters")
+    if read_adapters(adapters.base) is not None:
+        logging.warning(
+            "%s itself is adapters over another model: this adapter alone does not turn %s into "
+            "what was trained; export %s too, and load the adapter over that",
+            adapters.base,
+            base,
+            adapters.base,
+        )
+    _, pairs = load_pairs(folder, weights.step)
+    write_peft(target, pairs, adapters.lora, weights.shape, base)
+    print(f"{target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
 
 
 def find_source(source: str, revision: str | None = None) -> Source:
@@ -273,6 +340,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=_parse_part,
         default=Part(),
         help="i/n: the share of host i of n that write to one target (default 1/1)",
+    )
+    add_import(
+        "--base", help="model folder that --source, a folder saved by PEFT, holds an adapter for"
+    )
+    add_export(
+        "--adapter", action="store_true", help="the adapters alone, as PEFT loads them, unmerged"
     )
     add_export("--dtype", choices=sorted(_DTYPES), help="by default that of the checkpoint")
     add_export("--base", help="hub id of the base model, or none; by default what was imported")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax import cli
+from rpo_jax import cli, convert
 from rpo_jax.config import TARGETS, Lora
 from rpo_jax.evaluate import main as evaluate_main
 from rpo_jax.model.lora import merge_kernel
@@ -362,3 +362,35 @@ def test_parameters_of_the_72b_adapters():
     wide, kv, mlp = 8192, 1024, 29568
     sides = 2 * (wide + wide) + 2 * (wide + kv) + 3 * (wide + mlp)
     assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 80 * 16 * sides
+
+
+def test_adapters_go_out_merged_or_alone_and_come_in(adapted, tmp_path, capsys):
+    """The export of a run is its merged weights; the adapter alone, taken back, gives the same."""
+    run_folder = adapted / "cpt"
+    words = ["export", "--source", run_folder, "--base", "none"]
+    convert.main([*map(str, words), "--target", str(tmp_path / "whole")])
+    convert.main([*map(str, words), "--adapter", "--target", str(tmp_path / "peft")])
+    back = ["--source", str(tmp_path / "peft"), "--base", str(adapted / "fictional-base")]
+    convert.main(["import", *back, "--target", str(tmp_path / "back")])
+    convert.main(["import", "--source", str(tmp_path / "whole"), "--target", str(tmp_path / "in")])
+    convert.main(["inspect", "--source", str(tmp_path / "back")])
+    assert "adapters over" in capsys.readouterr().out
+    network, mesh = network_of(CPT, lora_overrides(adapted, name="cpt", lora__quantize="nf4"))
+    abstract = abstract_weights(network.base, mesh)
+    wanted = load_params(run_folder, abstract)[1]
+    for name in ("in", "back"):
+        assert relative_difference(wanted, load_params(tmp_path / name, abstract)[1]) < 1e-6, name
+
+    damaged = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    for key, value, message in (
+        ("use_dora", True, "use_dora=True is not supported"),
+        ("r", 5, "shape (4, 32), (5, 32) is wanted"),
+        ("target_modules", ["q_proj"], "no adapter of this model has that tensor"),
+        ("target_modules", ["router"], "target_modules=['router']"),
+        ("peft_type", "IA3", "'LORA' is wanted"),
+    ):
+        (tmp_path / "peft/adapter_config.json").write_text(json.dumps({**damaged, key: value}))
+        with pytest.raises(SystemExit):
+            convert.main(["import", *back, "--target", str(tmp_path / "never")])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "never").exists()

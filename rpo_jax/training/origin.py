@@ -10,6 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +20,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rpo_jax.config import Config, Lora
+from rpo_jax.config import Checkpoint, Config, Lora
+from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.lora import init_adapters, merge_kernel
 from rpo_jax.model.quantize import is_quantized, quantize_kernel
 from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.rules import replicated
 from rpo_jax.training.checkpoint import (
     Read,
     describe_params,
     find_step,
+    open_checkpoints,
     open_existing,
     open_params,
 )
@@ -98,13 +103,41 @@ def note_adapters(config: Config) -> None:
         with open_existing(base) as checkpoints:
             step = find_step(checkpoints, None)
         checkpoint = fingerprint_checkpoint(base, step)
-    values = {
-        "base": os.path.relpath(base, folder),
-        "step": step,
-        "checkpoint": checkpoint,
-        "lora": dataclasses.asdict(lora),
-    }
-    (folder / "model" / NOTE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _write_note(folder, Adapters(base, step, checkpoint, lora), folder)
+
+
+def _write_note(folder: Path, adapters: Adapters, beside: Path) -> None:
+    """Writes the note into `folder`, which is or will be `beside`: the base is named from there."""
+    values = dataclasses.asdict(adapters) | {"base": os.path.relpath(adapters.base, beside)}
+    path = folder / "model" / NOTE
+    temporary = path.with_name(f"{NOTE}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> None:
+    """Makes a model folder of adapters over the newest step of another one.
+
+    Args:
+        target: a folder that does not exist yet.
+        base: the model folder whose weights they change.
+        lora: rank, alpha, targets.
+        pairs: the adapters, as `init_adapters` lays them out.
+
+    Raises:
+        UserError: the target exists, or the base has no checkpoint.
+    """
+    if target.exists():
+        raise UserError(f"{target}: is there already; choose another --target")
+    with open_existing(base) as checkpoints:
+        step = find_step(checkpoints, None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{target.name}.draft-", dir=target.parent))
+    shutil.copytree(base / "model", draft / "model", ignore=shutil.ignore_patterns(NOTE))
+    _write_note(draft, Adapters(base, step, fingerprint_checkpoint(base, step), lora), target)
+    with open_checkpoints(draft, Checkpoint(keep=1)) as checkpoints:
+        checkpoints.save_checkpointables(0, {"params": {"lora": pairs}})
+    draft.rename(target)
 
 
 def fingerprint_checkpoint(folder: Path, step: int) -> str:
@@ -163,7 +196,7 @@ def _open(
     if adapters is None:
         stored = jax.tree.map(_as_stored, abstract, is_leaf=is_quantized)
         return found, open_params(checkpoints, found, stored)
-    _check_base(folder, adapters)
+    check_base(folder, adapters)
     _, read_base = _open(adapters.base, abstract, adapters.step, stack)
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
     pairs = load_trained(folder, mesh, found)["lora"]
@@ -181,7 +214,12 @@ def _open(
     return found, read
 
 
-def _check_base(folder: Path, adapters: Adapters) -> None:
+def check_base(folder: Path, adapters: Adapters) -> None:
+    """Refuses adapters whose base is no longer the checkpoint that they were trained over.
+
+    Raises:
+        UserError: names both.
+    """
     if fingerprint_checkpoint(adapters.base, adapters.step) != adapters.checkpoint:
         raise UserError(
             f"{folder}: its adapters were trained over another checkpoint than {adapters.base} "
@@ -190,7 +228,7 @@ def _check_base(folder: Path, adapters: Adapters) -> None:
 
 
 def load_trained(folder: Path, mesh: Mesh, step: int | None = None) -> Params:
-    """The adapters of a model folder, a whole copy on every device."""
+    """What a run trained, a whole copy on every device: {"lora": ...} of a folder of adapters."""
     everywhere = replicated(mesh)
     with open_existing(folder) as checkpoints:
         found = find_step(checkpoints, step)
@@ -202,13 +240,21 @@ def load_trained(folder: Path, mesh: Mesh, step: int | None = None) -> Params:
         return jax.tree_util.tree_map_with_path(read, abstract)
 
 
+def load_pairs(folder: Path, step: int | None = None) -> tuple[int, Params]:
+    """Step and adapters of a model folder, on the host."""
+    with open_existing(folder) as checkpoints:
+        found = find_step(checkpoints, step)
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    return found, jax.device_get(load_trained(folder, mesh, found)["lora"])
+
+
 def load_frozen(folder: Path, network: Network, mesh: Mesh) -> Params:
     """What a run does not train, on the mesh: {} if it trains everything."""
     _, abstract = split_params(abstract_weights(network, mesh))
     adapters = read_adapters(folder)
     if adapters is None:
         return {}
-    _check_base(folder, adapters)
+    check_base(folder, adapters)
     return load_params(adapters.base, abstract, adapters.step)[1]
 
 

@@ -1,4 +1,4 @@
-"""Adapters in the format of PEFT, out and in.
+"""Adapters in the format of PEFT, out and in, and merged into the weights on their way out.
 
 PEFT stores an adapter as two matrices, `lora_A.weight` [R, inputs] and `lora_B.weight`
 [outputs, R], which are ours transposed, heads and head_dim joined.
@@ -7,6 +7,7 @@ PEFT stores an adapter as two matrices, `lora_A.weight` [R, inputs] and `lora_B.
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from rpo_jax.config import TARGETS, Lora
 from rpo_jax.errors import UserError
 from rpo_jax.model.quantize import count_inputs
 from rpo_jax.model.shape import ModelShape
+from rpo_jax.weights.flow import write_whole
 from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import read_json, read_shard
-from rpo_jax.weights.store import DTYPES
+from rpo_jax.weights.store import DTYPES, Piece
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -42,7 +44,7 @@ _OFF = {
 }
 
 
-def _list_factors(shape: ModelShape) -> Iterator[tuple[Tensor, str, str]]:
+def _list_targets(shape: ModelShape) -> Iterator[tuple[Tensor, str, str]]:
     """Each adaptable tensor of a model, the name of its projection, its stem in PEFT's names."""
     for tensor in list_tensors(shape):
         room, _, name = tensor.path.removesuffix("/kernel").rpartition("/")
@@ -50,9 +52,57 @@ def _list_factors(shape: ModelShape) -> Iterator[tuple[Tensor, str, str]]:
             yield tensor, name, f"base_model.model.{tensor.name.removesuffix('.weight')}"
 
 
-def _find(pairs: dict[str, Any], tensor: Tensor) -> dict[str, np.ndarray]:
-    _, room, name, _ = tensor.path.split("/")
-    return pairs[room][name]
+def list_factors(
+    pairs: dict[str, Any], lora: Lora, shape: ModelShape
+) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
+    """By the HF name of each adapted tensor: PEFT's stem, and views of A [R, in] and B [out, R].
+
+    Args:
+        pairs: our adapters of all layers, float32 on the host, as `init_adapters` lays them out.
+        lora: rank and targets.
+        shape: of the base.
+    """
+    found = {}
+    for tensor, name, stem in _list_targets(shape):
+        if name in lora.targets:
+            _, room, _, _ = tensor.path.split("/")
+            a, b = (pairs[room][name][key][tensor.layer] for key in ("a", "b"))
+            found[tensor.name] = (stem, a.reshape(-1, lora.rank).T, b.reshape(lora.rank, -1).T)
+    return found
+
+
+@dataclass(frozen=True)
+class MergedArrays:
+    """`store.Arrays` with adapters merged into what is read, in float32.
+
+    Attributes:
+        base: the arrays of the base; adapters may be merged into these in turn.
+        factors: see `list_factors`.
+        scale: alpha / R.
+    """
+
+    base: Any
+    factors: dict[str, tuple[str, np.ndarray, np.ndarray]]
+    scale: float
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+    def largest_chunk(self) -> int:
+        """As of the base."""
+        return self.base.largest_chunk()
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The HF rows of a piece."""
+        rows = self.base.read(piece)
+        if piece.tensor.name not in self.factors:
+            return rows
+        _, a, b = self.factors[piece.tensor.name]
+        each = piece.tensor.rows_each
+        change = b[piece.start * each : piece.stop * each] @ a
+        return (rows.astype(np.float32) + np.float32(self.scale) * change).astype(rows.dtype)
 
 
 def write_peft(
@@ -66,15 +116,15 @@ def write_peft(
         lora: rank, alpha and targets.
         shape: of the base.
         base: hub id or path of the base model, for PEFT to find it.
+
+    Raises:
+        UserError: the target exists.
     """
     tensors, modules = {}, set()
-    for tensor, name, stem in _list_factors(shape):
-        if name in lora.targets:
-            pair = _find(pairs, tensor)
-            a, b = pair["a"][tensor.layer], pair["b"][tensor.layer]
-            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
-            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
-            modules.add(stem.rpartition(".")[2])
+    for stem, a, b in list_factors(pairs, lora, shape).values():
+        tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b)
+        modules.add(stem.rpartition(".")[2])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -89,11 +139,11 @@ def write_peft(
         "use_rslora": False,
         "inference_mode": True,
     }
-    partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir(parents=True)
-    (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    partial.rename(target)
+    if target.exists():
+        raise UserError(f"{target}: is there already; choose another --target")
+    target.mkdir(parents=True)
+    write_whole(target / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(target / WEIGHTS, save(tensors, metadata={"format": "pt"}))
 
 
 def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, Any]]:
@@ -127,7 +177,7 @@ def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, An
         return value
 
     pairs: dict[str, Any] = {}
-    for tensor, name, stem in _list_factors(shape):
+    for tensor, name, stem in _list_targets(shape):
         if name not in lora.targets:
             continue
         cut = count_inputs(name)

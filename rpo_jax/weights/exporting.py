@@ -16,6 +16,7 @@ from etils import epath
 
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, parse_shape
+from rpo_jax.weights.adapters import MergedArrays
 from rpo_jax.weights.flow import (
     check_finite,
     check_space,
@@ -71,7 +72,7 @@ class Weights:
     step: int
     shape: ModelShape
     tensors: dict[str, Tensor]
-    arrays: Arrays
+    arrays: Arrays | MergedArrays
     manifest: Manifest | None
 
     @property
