@@ -14,6 +14,7 @@ import pytest
 from rpo_jax import cli, convert
 from rpo_jax.config import TARGETS, Lora
 from rpo_jax.evaluate import main as evaluate_main
+from rpo_jax.model.cache import forward_cached, make_cache, split_layers
 from rpo_jax.model.lora import merge_kernel
 from rpo_jax.model.quantize import multiply, quantize_kernel
 from rpo_jax.model.qwen2 import abstract_params, forward, init_params
@@ -234,6 +235,22 @@ def test_a_merge_is_computed_in_float32():
     result = merge_kernel(kernel, a, b, 1.0)
     assert result.dtype == jnp.bfloat16
     np.testing.assert_array_equal(result, jnp.bfloat16(1.01))
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+def test_cached_decoding_knows_adapters_and_quantised_kernels(quantize):
+    network = dataclasses.replace(SMALL, quantize=quantize)
+    params = perturbed(network)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 90, (2, 9)).astype(np.int32))
+    one = jnp.ones_like(tokens)
+    positions = jnp.tile(jnp.arange(9, dtype=jnp.int32), (2, 1))
+    want = jax.jit(partial(forward, network))(params, tokens, one, 0 * one, positions)
+    weights, own, none = split_layers(params), make_cache(network, 2, 9), make_cache(network, 1, 0)
+    step = jax.jit(partial(forward_cached, network, weights))
+    for begin, end in ((0, 5), (5, 9)):
+        start = jnp.full(2, begin, jnp.int32)
+        got, own = step(tokens[:, begin:end], start, own, none)
+        np.testing.assert_allclose(got, want[:, begin:end], rtol=0, atol=2e-5)
 
 
 # Runs from end to end.

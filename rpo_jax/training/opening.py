@@ -12,7 +12,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.training.checkpoint import load_params
+from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 
 
