@@ -4,27 +4,49 @@ A run's newest checkpoint on its held-out data:
 
     python -m rpo_jax.evaluate --config configs/<name>.py
 
+A model takes an exam, answering only and explaining first; killed, it goes on where it was:
+
+    python -m rpo_jax.evaluate --checkpoint runs/<name> --exam fictional
+
 Answers made elsewhere, a line of JSON each (id and text, or the published prediction format):
 
     python -m rpo_jax.evaluate --score FILE --exam igakuqa --exam_dir DIR --year 2022
+
+The report of one or several sittings, made again from the answers on disk:
+
+    python -m rpo_jax.evaluate --report FOLDER [FOLDER ...]
+
+Flags can come from a file, one a line: `python -m rpo_jax.evaluate @configs/<name>.flags`.
 """
 
 import argparse
 import sys
 from json import dumps
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from rpo_jax import cli
 from rpo_jax.config import Config
+from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.records import open_records
 from rpo_jax.data.tokenizer import read_tokenizer
 from rpo_jax.errors import UserError
+from rpo_jax.examine import Plan, take_exam
+from rpo_jax.exams.asking import (
+    ANSWER_ONLY,
+    EXPLAIN_FIRST,
+    MODES,
+    NEXT_QUESTION,
+    Drawing,
+    read_sitting,
+)
 from rpo_jax.exams.exam import Exam, find_exam, list_exams
+from rpo_jax.exams.report import write_report
 from rpo_jax.exams.responses import read_responses
 from rpo_jax.exams.scoring import mark_all, score
-from rpo_jax.exams.tables import format_score
+from rpo_jax.exams.tables import format_report, format_score
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.prepare import prepare
 from rpo_jax.train import build
@@ -36,13 +58,18 @@ from rpo_jax.training.workload import Workload
 
 
 def main(argv: list[str]) -> None:
-    """Measures a run on held-out data (--config), or an exam (--score)."""
+    """Measures a run on held-out data (--config), or an exam (--checkpoint, --score, --report)."""
     if any(arg.lstrip("-").startswith("config") for arg in argv):
         cli.run(measure_run, ["evaluate", *argv], json="print one line of JSON, and no table")
         return
     args = _parse(argv)
-    result = score_files(find_exam(args.exam), args.exam_dir, args.years, args.score)
-    print(dumps(result, ensure_ascii=False) if args.json else format_score(result))
+    if args.score:
+        result = score_files(find_exam(args.exam), args.exam_dir, args.years, args.score)
+        shown = format_score(result)
+    else:
+        result = _rebuild(args) if args.report else take_exam(Path(args.checkpoint), _plan(args))
+        shown = format_report(result)
+    print(dumps(result, ensure_ascii=False) if args.json else shown)
 
 
 def measure_run(config: Config, json: bool = False) -> None:
@@ -87,7 +114,7 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def score_files(
-    exam: Exam, directory: str, years: tuple[int, ...] | None, files: list[str]
+    exam: Exam, directory: str, years: tuple[int, ...], files: list[str]
 ) -> dict[str, Any]:
     """The scores of answers in files; see `exams.scoring.score`.
 
@@ -100,32 +127,124 @@ def score_files(
     return {"exam": exam.name, "years": asked, "files": files, **score(exam, marks)}
 
 
+def _rebuild(args: argparse.Namespace) -> dict[str, Any]:
+    folders = [Path(folder) for folder in args.report]
+    return write_report(find_exam(read_sitting(folders[0]).exam), folders, args.exam_dir)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    exam = find_exam(args.exam)
+    return Plan(
+        exam,
+        directory=args.exam_dir,
+        years=args.years,
+        limit=args.limit,
+        modes=args.modes,
+        shots=exam.shots if args.shots is None else args.shots,
+        seeds=args.seeds,
+        drawing=Drawing(
+            {ANSWER_ONLY: args.answer_tokens, EXPLAIN_FIRST: args.explain_tokens},
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            tuple(args.stop),
+        ),
+        weigh=args.likelihood,
+        slots=args.slots,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        out=args.out,
+    )
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m rpo_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
     )
-    parser.add_argument("--config", metavar="FILE.py", help="a run to measure on held-out data")
-    parser.add_argument("--score", metavar="FILE", nargs="+", help="answers, .jsonl; globs")
-    parser.add_argument("--exam", default="igakuqa", help=f"one of {', '.join(list_exams())}")
-    parser.add_argument("--exam_dir", default="", metavar="DIR", help="folder of its years")
-    parser.add_argument(
-        "--year", "--years", dest="years", type=_years, help="like 2022 or 2021,2022; default: all"
+    what = parser.add_argument_group("what is measured (one of these)")
+    what.add_argument("--config", metavar="FILE.py", help="a run, on held-out data")
+    what.add_argument("--checkpoint", metavar="FOLDER", help="a model, by an exam")
+    what.add_argument("--score", metavar="FILE", nargs="+", help="answers, .jsonl; globs")
+    what.add_argument("--report", metavar="FOLDER", nargs="+", help="sittings that were made")
+    exam = parser.add_argument_group("the exam")
+    exam.add_argument("--exam", default="igakuqa", help=f"one of {', '.join(list_exams())}")
+    exam.add_argument("--exam_dir", default="", metavar="DIR", help="folder of its years")
+    exam.add_argument(
+        "--year", "--years", dest="years", type=_numbers, default=(), help="like 2021,2022"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON, and no table")
+    exam.add_argument("--limit", type=_count, default=0, help="so many questions, evenly spread")
+    how = parser.add_argument_group("how a model is asked")
+    how.add_argument("--modes", type=_modes, default=MODES, help=f"default: {','.join(MODES)}")
+    how.add_argument("--shots", type=_count, help="demonstrations, 3 or 0; default: the exam's")
+    how.add_argument("--seeds", type=_numbers, default=(0,), help="like 0,1,2; default: 0")
+    how.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest")
+    how.add_argument("--top_k", type=_count, default=0, help="default: 0, all tokens")
+    how.add_argument("--top_p", type=float, default=1.0, help="default: 1, all tokens")
+    how.add_argument("--answer_tokens", type=_count, default=16, help="at most; default: 16")
+    how.add_argument("--explain_tokens", type=_count, default=512, help="at most; default: 512")
+    how.add_argument(
+        "--stop",
+        nargs="*",
+        type=lambda text: text.replace("\\n", "\n"),
+        default=[NEXT_QUESTION],
+        help="texts that end an answer, which then counts as run on; default: \\n問題:",
+    )
+    how.add_argument(
+        "--likelihood",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also take the likeliest letter where one is wanted",
+    )
+    where = parser.add_argument_group("where and with what")
+    where.add_argument("--out", default="", metavar="FOLDER", help="default: in the model's folder")
+    where.add_argument("--slots", type=_count, default=16, help="answers at a time; default: 16")
+    where.add_argument(
+        "--mesh",
+        type=_mesh,
+        default=MeshConfig(data=1, fsdp=-1),
+        help="devices an axis, like data=2,tensor=4; default: fsdp=-1",
+    )
+    where.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    where.add_argument("--json", action="store_true", help="print one line of JSON, and no table")
     args = parser.parse_args(argv)
-    if not args.score:
-        raise UserError("--config=FILE.py (a run) or --score FILE is wanted; --help tells more")
+    if sum(bool(value) for value in (args.checkpoint, args.score, args.report)) != 1:
+        raise UserError(
+            "one of --config FILE.py, --checkpoint FOLDER, --score FILE and --report FOLDER is "
+            "wanted; --help tells more"
+        )
     return args
 
 
-def _years(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(year) for year in text.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: years like 2021,2022 are wanted") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers like 1,2 are wanted") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: a count is wanted")
+    return int(text)
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    modes = tuple(text.split(","))
+    if not set(modes) <= set(MODES):
+        raise argparse.ArgumentTypeError(f"{text!r}: of {', '.join(MODES)}, by commas")
+    return modes
+
+
+def _mesh(text: str) -> MeshConfig:
+    try:
+        axes = dict(part.split("=") for part in text.split(","))
+        return MeshConfig(**{"data": 1, **{axis: int(size) for axis, size in axes.items()}})
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: axes like data=2,fsdp=4 are wanted") from error
 
 
 if __name__ == "__main__":

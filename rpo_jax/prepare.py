@@ -252,7 +252,7 @@ def _check_share(ledger: Ledger, split: str, allowed: float) -> None:
 def _train_tokenizer(config: Config) -> Tokenizer:
     """A SentencePiece model, made once, of the text trained on (of a world: in any stage)."""
     if config.data.source == "fictional":
-        world = _write_world(config)
+        world = write_world(config)
         documents = (world / "general.jsonl", world / "textbook.jsonl")
         preferences = (world / "pairs_train.jsonl",)
         source = Source(
@@ -296,7 +296,7 @@ def _from_files(config: Config) -> tuple[Source, Source]:
     return train, heldout
 
 
-def _write_world(config: Config) -> Path:
+def write_world(config: Config) -> Path:
     """The folder of the fictional world, generated where it is not there yet."""
     wanted = config.data.fictional
     name = f"world-{fictional.VERSION}-{wanted.size}-{wanted.seed}"
@@ -305,7 +305,7 @@ def _write_world(config: Config) -> Path:
 
 
 def _from_world(config: Config) -> tuple[Source, Source]:
-    world = _write_world(config)
+    world = write_world(config)
     if config.stage == "rpo":
         return _read_as_is(read_pairs, world / "pairs_train.jsonl", world / "pairs_heldout.jsonl")
     textbook, textbook_heldout = world / "textbook.jsonl", world / "textbook_heldout.jsonl"

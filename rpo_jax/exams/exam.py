@@ -22,12 +22,13 @@ class Exam:
         name: the module's.
         title: for reports.
         source: where a copy is fetched.
-        years: that may be asked; empty: whatever the folder holds.
+        years: asked where none is named; empty: whatever the folder holds.
         directory_variable: environment variable that names a copy; "": none.
         always_right: ids that count as right whatever is answered.
         required_sections: letters of the sections with an absolute pass mark; "": no such rule.
         required_share: of their points, to pass.
         general_pass: points that the other sections wanted in a year, as announced.
+        shots: demonstrations that its prompts show by default.
         prohibited_from: so many prohibited choices fail a candidate; 0: no such rule.
         published: points that others reported a year, by model.
         read: the questions of a folder, in order.
@@ -43,6 +44,7 @@ class Exam:
     required_sections: str = ""
     required_share: float = 0.8
     general_pass: Mapping[int, int] = field(default_factory=dict)
+    shots: int = 3
     prohibited_from: int = 0
     published: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     read: Ask = read_questions

@@ -54,7 +54,7 @@ def read_responses(patterns: Sequence[str], questions: Sequence[Question]) -> li
     found: dict[str, tuple[str, Response]] = {}
     for path in find_files(patterns, (".jsonl",), "--score"):
         for where, record in read_objects(path):
-            response = _parse(where, record)
+            response = parse_response(where, record)
             if response.id not in wanted:
                 raise UserError(
                     f"{where}: id {response.id!r} is no question that was asked for; those are "
@@ -75,7 +75,12 @@ def read_responses(patterns: Sequence[str], questions: Sequence[Question]) -> li
     return [found[question.id][1] for question in questions]
 
 
-def _parse(where: str, record: dict[str, object]) -> Response:
+def parse_response(where: str, record: dict[str, object]) -> Response:
+    """The response of one line, which lies at `where`.
+
+    Raises:
+        UserError: a field is missing or of the wrong type.
+    """
     published = "problem_id" in record
     id_ = take_string(where, record, "problem_id" if published else "id")
     if published and "text" not in record:

@@ -99,7 +99,18 @@ def score(exam: Exam, marks: Sequence[Mark]) -> dict[str, Any]:
 
 def tally(marks: Iterable[Mark], rule: str) -> dict[str, float]:
     """Points reached and possible, questions right and asked, and both shares."""
-    rows = [(mark.question.points, getattr(mark, rule)) for mark in marks]
+    return _tally((one.question.points, getattr(one, rule)) for one in marks)
+
+
+def tally_answers(
+    exam: Exam, questions: Sequence[Question], answers: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """The same of answers by question id that were not read out of a text."""
+    return _tally((q.points, is_right(exam, q, answers[q.id])) for q in questions)
+
+
+def _tally(pairs: Iterable[tuple[int, bool]]) -> dict[str, float]:
+    rows = list(pairs)
     points = sum(worth for worth, right in rows if right)
     total = sum(worth for worth, _ in rows)
     right = sum(right for _, right in rows)
@@ -162,7 +173,11 @@ def chose_prohibited(one: Mark) -> bool:
 
 
 def measure_rates(marks: Sequence[Mark]) -> dict[str, Any]:
-    """How often there was an answer, how it was found, and how the texts ended (None: unknown)."""
+    """How often there was an answer, how it was found, and how the texts ended.
+
+    ``stop`` is by the model itself, with its end of text. A text that had to be stopped where it
+    began another question is run on. What is not known is None.
+    """
     count = max(len(marks), 1)
     told = [m.response.stop_reason for m in marks if m.response.stop_reason]
 
@@ -172,8 +187,8 @@ def measure_rates(marks: Sequence[Mark]) -> dict[str, Any]:
     return {
         "parse": share(lambda m: bool(m.extraction.answer)),
         "went_on": share(lambda m: m.extraction.went_on),
-        "run_on": share(lambda m: m.extraction.run_on),
-        "stop": sum(reason != "length" for reason in told) / len(told) if told else None,
+        "run_on": share(lambda m: m.extraction.run_on or m.response.stop_reason == "stop"),
+        "stop": sum(reason == "eos" for reason in told) / len(told) if told else None,
         "truncation": sum(reason == "length" for reason in told) / len(told) if told else None,
         "found": dict(sorted(Counter(m.extraction.found for m in marks).items())),
     }

@@ -30,6 +30,50 @@ def format_score(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "  ".join(shown), f"found: {found}"])
 
 
+def format_report(report: dict[str, Any]) -> str:
+    """One or several sittings: points by mode, the paired comparison, how texts ended, paths."""
+    asked = report["questions"]
+    years = ", ".join(map(str, report["years"]))
+    lines = [f"{report['title']} {years}: {asked['asked']} of {asked['of']} questions", ""]
+    rows = [["", "", "official", "extracted", "of", "share", "vote", "parse", "run-on", "stop"]]
+    for model in report["models"]:
+        for mode, found in model["modes"].items():
+            points = found["points"]
+            first = next(iter(found["seeds"].values()))["rates"]
+            rows.append(
+                [
+                    model["name"],
+                    mode,
+                    f"{points['official']['mean']:g}",
+                    f"{points['extracted']['mean']:g}",
+                    str(asked["points"]),
+                    f"{points['extracted']['mean'] / max(asked['points'], 1):.1%}",
+                    "-" if found["vote"] is None else str(found["vote"]["points"]),
+                    *(_percent(first[name]) for name in ("parse", "run_on", "stop")),
+                ]
+            )
+        if letters := model["likelihood"]:
+            shown = [str(letters["points"]), str(letters["total"]), f"{letters['share']:.1%}"]
+            rows.append([model["name"], "likeliest letter", "-", *shown, *["-"] * 4])
+    for name, found in report["published"].items():
+        share = f"{found['points'] / max(asked['points'], 1):.1%}"
+        shown = [str(found["points"]), "-", str(asked["points"]), share]
+        rows.append([name, "published", *shown, *["-"] * 4])
+    lines += [format_table(rows), ""]
+    for model in report["models"]:
+        if found := model["comparison"]:
+            points = found["points"]
+            tests = ", ".join(f"{test['p_value']:.3g}" for test in found["mcnemar"])
+            flips = found["mcnemar"][0]
+            lines.append(
+                f"{model['name']}: explaining first {points['difference']:+g} points "
+                f"({found['confidence']:.0%} interval {points['low']:+g} to {points['high']:+g}); "
+                f"{flips['lost']} lost, {flips['gained']} gained; McNemar p = {tests}"
+            )
+    folder = report["models"][0]["folder"]
+    return "\n".join([*lines, f"report: {folder}/report.html, {folder}/report.json"])
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows in columns, the first one flush left; wide characters count double."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]

@@ -1,0 +1,253 @@
+"""A sitting: one model takes an exam, question by question, and nothing is asked twice.
+
+A sitting is a folder:
+
+    sitting.json                   what was asked of whom, and how answers were drawn
+    responses/<mode>-<seed>.jsonl  a line a question, on disk before the next one is counted
+    report.json, report.html       made from these two, and made again at any time
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rpo_jax.errors import UserError
+from rpo_jax.exams.igakuqa import Question
+from rpo_jax.exams.prompts import FORMATS, PromptFormat
+from rpo_jax.exams.responses import Response, parse_response, to_record
+
+ANSWER_ONLY, EXPLAIN_FIRST = "answer_only", "explain_first"
+MODES = (ANSWER_ONLY, EXPLAIN_FIRST)
+NEXT_QUESTION = "\n問題:"  # how a model that does not stop begins another question
+
+_PROMPTS = {  # by mode and demonstrations
+    (ANSWER_ONLY, 3): "OFFICIAL_COMPLETION_V1",
+    (ANSWER_ONLY, 0): "ANSWER_ZERO_SHOT_V1",
+    (EXPLAIN_FIRST, 3): "EXPLAIN_V1",
+    (EXPLAIN_FIRST, 0): "EXPLAIN_ZERO_SHOT_V1",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn.
+
+    Attributes:
+        max_tokens: of an answer, by mode.
+        temperature: 0 takes the most probable token.
+        top_k: among so many; 0: all.
+        top_p: among the most probable ones that reach this probability.
+        stop: texts that end an answer; it then counts as run on.
+    """
+
+    max_tokens: Mapping[str, int] = field(
+        default_factory=lambda: {ANSWER_ONLY: 16, EXPLAIN_FIRST: 512}
+    )
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = (NEXT_QUESTION,)
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """Who sits which exam, how; what two runs of one sitting agree on.
+
+    Attributes:
+        exam: by name.
+        exam_dir: its folder.
+        years: that were asked.
+        questions: digest of all questions and demonstrations.
+        asked: how many.
+        model: the model's folder.
+        step: of its checkpoint.
+        weights: digest of its weights.
+        shots: demonstrations in the prompts, which names their formats.
+        drawing: how answers are drawn.
+    """
+
+    exam: str
+    exam_dir: str
+    years: tuple[int, ...]
+    questions: str
+    asked: int
+    model: str
+    step: int
+    weights: str
+    shots: int
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to a model."""
+
+    question: Question
+    mode: str
+    seed: int
+    prompt: str
+
+
+Answer = Callable[[Sequence[Ask]], Iterator[tuple[Ask, Response]]]
+
+
+def find_prompt(mode: str, shots: int) -> PromptFormat:
+    """The prompt format of a mode with so many demonstrations.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (mode, shots) not in _PROMPTS:
+        known = ", ".join(f"{m} with {s} shots" for m, s in _PROMPTS)
+        raise UserError(f"--modes {mode} --shots {shots}: no such prompt; known: {known}")
+    return FORMATS[_PROMPTS[mode, shots]]
+
+
+def choose_questions(questions: Sequence[Question], limit: int) -> list[Question]:
+    """So many questions, evenly spread over the exam; 0: all of them."""
+    if not limit or limit >= len(questions):
+        return list(questions)
+    return [questions[place * len(questions) // limit] for place in range(limit)]
+
+
+def digest_questions(questions: Sequence[Question], demonstrations: Sequence[Question]) -> str:
+    """A digest of everything that prompts and marks depend on."""
+    content = json.dumps([asdict(q) for q in (*questions, *demonstrations)], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def open_sitting(folder: Path, sitting: Sitting) -> None:
+    """Starts a sitting, or checks that the one in the folder is the same.
+
+    Raises:
+        UserError: another sitting is there; says what differs.
+    """
+    path = folder / "sitting.json"
+    wanted = json.loads(json.dumps(asdict(sitting)))
+    if not path.exists():
+        (folder / "responses").mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(wanted, ensure_ascii=False, indent=2) + "\n")
+        return
+    there = asdict(read_sitting(folder))
+    there = json.loads(json.dumps(there))
+    free = ("exam_dir", "model")  # a folder may move; the digests say whether it is the same
+    changed = [
+        f"{name}: {there[name]!r} -> {wanted[name]!r}"
+        for name in wanted
+        if name not in free and there[name] != wanted[name]
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds another sitting ({'; '.join(changed)}); choose another --out"
+        )
+
+
+def read_sitting(folder: Path) -> Sitting:
+    """The sitting of a folder.
+
+    Raises:
+        UserError: there is none, or its file is damaged.
+    """
+    path = folder / "sitting.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        drawing = {**stored["drawing"], "stop": tuple(stored["drawing"]["stop"])}
+        years = tuple(stored["years"])
+        return Sitting(**{**stored, "years": years, "drawing": Drawing(**drawing)})
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {folder} holds no sitting") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it or choose another --out") from error
+
+
+def ask_all(
+    folder: Path,
+    asks: Sequence[Ask],
+    answer: Answer,
+    answered: Callable[[Ask, Response], None] = lambda ask, response: None,
+) -> None:
+    """Asks what has no answer on disk yet; each answer is on disk before the next is awaited.
+
+    Args:
+        folder: of the sitting.
+        asks: everything that belongs to it.
+        answer: puts questions of one mode to the model.
+        answered: is told of each answer, those that were there already first.
+    """
+    left: dict[str, list[Ask]] = {}
+    stored = {
+        (mode, seed): {r.id: r for r in read_answers(folder, mode, seed)}
+        for mode, seed in dict.fromkeys((ask.mode, ask.seed) for ask in asks)
+    }
+    for ask in asks:
+        there = stored[ask.mode, ask.seed].get(ask.question.id)
+        if there:
+            answered(ask, there)
+        else:
+            left.setdefault(ask.mode, []).append(ask)
+    for rest in left.values():
+        for ask, response in answer(rest):
+            _append(_path(folder, ask.mode, ask.seed), response)
+            answered(ask, response)
+
+
+def list_answers(folder: Path) -> list[tuple[str, int]]:
+    """The (mode, seed) of a sitting's files, in the order of modes and seeds."""
+    stems = [path.stem.rpartition("-") for path in (folder / "responses").glob("*-*.jsonl")]
+    found = [(mode, int(seed)) for mode, _, seed in stems if mode in MODES and seed.isdecimal()]
+    return sorted(found, key=lambda pair: (MODES.index(pair[0]), pair[1]))
+
+
+def read_answers(folder: Path, mode: str, seed: int) -> list[Response]:
+    """The answers on disk; a last line that a kill tore apart is cut off.
+
+    Raises:
+        UserError: another line is damaged, or a question was answered twice.
+    """
+    path = _path(folder, mode, seed)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    responses: dict[str, Response] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            response = parse_response(where, json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{where}: damaged ({error}); delete that line") from error
+        if response.id in responses:
+            raise UserError(f"{where}: {response.id} was answered before; delete one of the lines")
+        responses[response.id] = response
+    return list(responses.values())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _append(path: Path, response: Response) -> None:
+    line = json.dumps(to_record(response), ensure_ascii=False) + "\n"
+    with path.open("ab") as file:
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _path(folder: Path, mode: str, seed: int) -> Path:
+    return folder / "responses" / f"{mode}-{seed}.jsonl"
+
+
+def describe_settings(sitting: Sitting) -> dict[str, Any]:
+    """The settings of a sitting, flat, for a report."""
+    flat = asdict(sitting)
+    return {**flat, **flat.pop("drawing")}

@@ -1,0 +1,152 @@
+"""A model takes an exam through the command: any mesh, any interruption, the same report."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rpo_jax import cli
+from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.evaluate import main
+from rpo_jax.exams.asking import find_prompt, read_answers
+from rpo_jax.exams.candidate import has_one_letter
+from rpo_jax.exams.igakuqa import read_questions
+from rpo_jax.exams.responses import predict
+from rpo_jax.model.qwen2 import forward, head_table
+from rpo_jax.training.opening import open_model
+from tests.sittings import YEAR, make_exam, make_model
+
+
+WHOLE = jax.jit(forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def model(make_once) -> Path:
+    return make_once("exam_model", make_model)
+
+
+@pytest.fixture(scope="module")
+def exam_dir(tmp_path_factory) -> Path:
+    return make_exam(tmp_path_factory.mktemp("exam"))[0]
+
+
+def arguments(model: Path, exam_dir: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--checkpoint", str(model), "--exam", "fictional", "--exam_dir", str(exam_dir)),
+        *("--out", str(out), "--limit", "6", "--answer_tokens", "6", "--explain_tokens", "24"),
+        *more,
+    ]
+
+
+def run(capsys, *given: str) -> dict:
+    with cli.exit_on_error():
+        main([*given, "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refuse(capsys, *given: str) -> str:
+    with pytest.raises(SystemExit) as stop, cli.exit_on_error():
+        main(list(given))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def read_all(out: Path) -> dict[str, list]:
+    return {path.name: sorted(path.read_bytes().splitlines()) for path in out.glob("responses/*")}
+
+
+@pytest.mark.full
+def test_one_command_takes_the_exam_and_a_break_changes_nothing(capsys, tmp_path, model, exam_dir):
+    drawn = ["--temperature", "1", "--seeds", "0,1", "--mesh", "data=2,tensor=2,fsdp=2"]
+    found = run(capsys, *arguments(model, exam_dir, tmp_path / "a", *drawn))
+    (one,) = found["models"]
+    assert set(one["modes"]) == {"answer_only", "explain_first"}
+    assert set(one["modes"]["answer_only"]["seeds"]) == {"0", "1"}
+    assert one["comparison"]["points"]["low"] <= one["comparison"]["points"]["high"]
+    assert found["questions"]["asked"] == 6 and one["likelihood"]["questions"] <= 6
+    assert (tmp_path / "a" / "report.html").is_file()
+    whole = read_all(tmp_path / "a")
+    assert all(len(lines) == 6 for lines in whole.values()) and len(whole) == 4
+    assert whole["answer_only-0.jsonl"] != whole["answer_only-1.jsonl"]
+
+    # Answers lost to a kill come back the same, on another mesh too; the others are not touched.
+    path = tmp_path / "a" / "responses" / "explain_first-1.jsonl"
+    kept = path.read_bytes().splitlines(keepends=True)[:2]
+    path.write_bytes(b"".join(kept) + b'{"id": "1')
+    again = run(capsys, *arguments(model, exam_dir, tmp_path / "a", *drawn[:-1], "fsdp=1,data=8"))
+    assert read_all(tmp_path / "a") == whole
+    assert path.read_bytes().splitlines(keepends=True)[:2] == kept
+    assert again == found
+
+
+def test_answers_are_those_of_the_prompts(capsys, tmp_path, model, exam_dir):
+    given = arguments(model, exam_dir, tmp_path / "a", "--modes", "answer_only", "--stop")
+    found = run(capsys, *given, "--answer_tokens", "1", "--no-likelihood", "--slots", "8")
+    assert found["models"][0]["likelihood"] is None
+    questions = {question.id: question for question in read_questions(exam_dir, [YEAR])}
+    opened = open_model(model, MeshConfig(data=1, fsdp=8))
+    style = find_prompt("answer_only", 0)
+    for answer in read_answers(tmp_path / "a", "answer_only", 0):
+        ids = opened.tokenizer.encode(style.render(questions[answer.id]))
+        written = int(np.argmax(whole_logits(opened, ids)))
+        ended = written == opened.tokenizer.eos_id
+        assert answer.text == ("" if ended else opened.tokenizer.decode([written]))
+        assert answer.prediction == predict(answer.text)
+        assert (answer.tokens, answer.stop_reason) == (1, "eos" if ended else "length")
+
+
+def whole_logits(opened, ids: list[int]) -> np.ndarray:
+    """Logits behind the last token, by one whole pass without a cache."""
+    tokens = np.zeros((8, 256), np.int32)
+    tokens[:, : len(ids)] = ids
+    segments = (np.arange(256) < len(ids)).astype(np.int32)[None].repeat(8, 0)
+    positions = np.arange(256, dtype=np.int32)[None].repeat(8, 0)
+    with jax.set_mesh(opened.mesh):
+        hidden = WHOLE(opened.network, opened.params, tokens, segments, 0 * tokens, positions)
+        logits = np.asarray(hidden[0, len(ids) - 1] @ head_table(opened.params).T)
+    return logits[: opened.tokenizer.vocab_size].astype(np.float64)
+
+
+def test_letters_are_weighed_by_their_log_probabilities(capsys, tmp_path, model, exam_dir):
+    given = arguments(model, exam_dir, tmp_path / "a", "--modes", "answer_only")
+    found = run(capsys, *given)["models"][0]["likelihood"]
+    opened = open_model(model, MeshConfig(data=1, fsdp=8))
+    style, encode = find_prompt("answer_only", 0), opened.tokenizer.encode
+    questions = {question.id: question for question in read_questions(exam_dir, [YEAR])}
+    assert found["logps"] and all(has_one_letter(questions[id_]) for id_ in found["logps"])
+    right = 0
+    for id_, logps in found["logps"].items():
+        question = questions[id_]
+        first, *_ = (encode(style.target(question, (x,))) for x in question.letters)
+        logits = whole_logits(opened, encode(style.render(question)) + first[:-1])
+        expected = logits - np.log(np.exp(logits).sum())
+        letters = [encode(style.target(question, (x,)))[-1] for x in question.letters]
+        np.testing.assert_allclose(logps, expected[letters], atol=1e-4)
+        right += question.letters[int(np.argmax(logps))] in question.accepted[0]
+    assert found["right"] == right and found["questions"] == len(found["logps"])
+
+
+def test_what_contradicts_itself_is_refused(capsys, tmp_path, model, exam_dir):
+    given = arguments(model, exam_dir, tmp_path / "a")
+    assert "--temperature 0 all seeds answer alike" in refuse(capsys, *given, "--seeds", "0,1")
+    assert "--shots 1: no such prompt" in refuse(capsys, *given, "--shots", "1")
+    assert "answer_only, explain_first" in refuse(capsys, *given, "--modes", "guess")
+    assert "axes like data=2" in refuse(capsys, *given, "--mesh", "rows=2")
+    assert "a count is wanted" in refuse(capsys, *given, "--limit", "-1")
+    assert "wants 3 devices" in refuse(capsys, *given, "--mesh", "data=3,fsdp=1")
+    nowhere = ["--checkpoint", str(tmp_path / "nowhere"), *given[2:]]
+    assert "config.json is not there" in refuse(capsys, *nowhere)
+    lost = [*given[:4], "--out", str(tmp_path / "a")]
+    assert "where is it? give --exam_dir" in refuse(capsys, *lost)
+    both = refuse(capsys, "--score", "x", "--report", "y")
+    assert "one of --config FILE.py, --checkpoint FOLDER" in both
+    assert not (tmp_path / "a").exists()
+
+
+def test_flags_can_come_from_a_file(capsys, tmp_path, model, exam_dir):
+    flags = tmp_path / "exam.flags"
+    given = arguments(model, exam_dir, tmp_path / "a", "--shots", "1")
+    flags.write_text("\n".join(given) + "\n")
+    assert "--shots 1: no such prompt" in refuse(capsys, f"@{flags}")
