@@ -67,7 +67,9 @@ def main(argv: list[str]) -> None:
         result = score_files(find_exam(args.exam), args.exam_dir, args.years, args.score)
         shown = format_score(result)
     else:
-        result = _rebuild(args) if args.report else take_exam(Path(args.checkpoint), _plan(args))
+        result = (
+            _rebuild(args) if args.report else take_exam(Path(args.checkpoint), _make_plan(args))
+        )
         shown = format_report(result)
     print(dumps(result, ensure_ascii=False) if args.json else shown)
 
@@ -132,7 +134,12 @@ def _rebuild(args: argparse.Namespace) -> dict[str, Any]:
     return write_report(find_exam(read_sitting(folders[0]).exam), folders, args.exam_dir)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def parse_plan(argv: list[str]) -> Plan:
+    """How a command line wants an exam to be taken."""
+    return _make_plan(_parse(argv))
+
+
+def _make_plan(args: argparse.Namespace) -> Plan:
     exam = find_exam(args.exam)
     return Plan(
         exam,

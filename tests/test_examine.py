@@ -9,7 +9,7 @@ import pytest
 
 from rpo_jax import cli
 from rpo_jax.config import Mesh as MeshConfig
-from rpo_jax.evaluate import main
+from rpo_jax.evaluate import main, parse_plan
 from rpo_jax.exams.asking import find_prompt, read_answers
 from rpo_jax.exams.candidate import has_one_letter
 from rpo_jax.exams.igakuqa import read_questions
@@ -18,7 +18,7 @@ from rpo_jax.model.qwen2 import forward, head_table
 from rpo_jax.training.opening import open_model
 from tests.sittings import YEAR, make_exam, make_model
 
-
+REPO = Path(__file__).resolve().parents[1]
 WHOLE = jax.jit(forward, static_argnums=0)
 
 
@@ -81,6 +81,7 @@ def test_one_command_takes_the_exam_and_a_break_changes_nothing(capsys, tmp_path
     assert again == found
 
 
+@pytest.mark.full
 def test_answers_are_those_of_the_prompts(capsys, tmp_path, model, exam_dir):
     given = arguments(model, exam_dir, tmp_path / "a", "--modes", "answer_only", "--stop")
     found = run(capsys, *given, "--answer_tokens", "1", "--no-likelihood", "--slots", "8")
@@ -150,3 +151,11 @@ def test_flags_can_come_from_a_file(capsys, tmp_path, model, exam_dir):
     given = arguments(model, exam_dir, tmp_path / "a", "--shots", "1")
     flags.write_text("\n".join(given) + "\n")
     assert "--shots 1: no such prompt" in refuse(capsys, f"@{flags}")
+
+
+@pytest.mark.parametrize("name", ["preferred_medllm_72b", "qwen25_72b"])
+def test_the_flags_of_the_released_models_ask_for_the_whole_exam(name):
+    plan = parse_plan([f"@{REPO}/configs/exam_{name}.flags"])
+    assert (plan.exam.name, plan.limit, plan.shots) == ("igakuqa", 0, 3)
+    assert plan.modes == ("answer_only", "explain_first") and plan.drawing.temperature == 0
+    assert plan.mesh.tensor == 4 and plan.dtype == "bfloat16"
