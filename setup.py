@@ -79,7 +79,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["rpo_jax", "rpo_jax.*"]),
-    package_data={"rpo_jax": ["py.typed"], "rpo_jax.exams": ["*.jinja"], "rpo_jax.model": ["shapes/*.json"]},
+    package_data={
+        "rpo_jax": ["py.typed"],
+        "rpo_jax.exams": ["*.jinja"],
+        "rpo_jax.model": ["shapes/*.json"],
+    },
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
