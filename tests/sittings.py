@@ -25,7 +25,7 @@ from rpo_jax.model.qwen2 import Network
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.checkpoint import open_checkpoints, save_state
-from rpo_jax.training.state import make_state
+from rpo_jax.training.state import abstract_state, make_params, start_from
 
 YEAR = 3003
 SHAPE = {
@@ -57,7 +57,9 @@ def make_model(folder: Path) -> Path:
         jax.set_mesh(mesh),
         open_checkpoints(folder, CheckpointConfig()) as checkpoints,
     ):
-        save_state(checkpoints, make_state(network, optax.sgd(0.1), mesh, 0))
+        tx = optax.sgd(0.1)
+        params = make_params(network, mesh, seed=0)
+        save_state(checkpoints, start_from(params, tx, abstract_state(network, tx, mesh)))
     return folder
 
 
