@@ -232,6 +232,11 @@ class Lora:
         "form in which the frozen kernels are held; empty: param_dtype",
         choices=("", "int8", "nf4"),
     )
+    trained_tokens: tuple[str, ...] = option(
+        (),
+        "tokens whose rows of the embedding and the head are trained beside the adapters; the "
+        "head's gradient then takes the memory of the head",
+    )
     previous: str = option(
         "merge",
         "what becomes of the adapters of the run in init_from: merged into the base, or kept and "
@@ -497,6 +502,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"lora.rank={lora.rank} with empty lora.targets leaves nothing to train"
     if lora.rank and not config.init_from:
         yield f"lora.rank={lora.rank}: init_from is empty, and adapters need a model to adapt"
+    if lora.trained_tokens and not lora.rank:
+        yield f"lora.trained_tokens={lora.trained_tokens}: without lora.rank all rows are trained"
     if lora.quantize and not lora.rank:
         yield f"lora.quantize={lora.quantize!r}: quantised weights are frozen; set lora.rank too"
     if not config.init_from and not config.model.shape:

@@ -32,8 +32,8 @@ from rpo_jax.model.shape import parse_shape
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.origin import (
     check_base,
-    load_pairs,
     load_params,
+    load_trained_to_host,
     read_adapters,
     store_adapters,
 )
@@ -140,10 +140,17 @@ def open_model(folder: Path, step: int | None) -> Weights:
     if adapters is None:
         return open_weights(epath.Path(folder), step)
     check_base(folder, adapters)
-    found, pairs = load_pairs(folder, step)
+    found, trained = load_trained_to_host(folder, step)
     base = open_model(adapters.base, adapters.step)
-    factors = list_factors(pairs, adapters.lora, base.shape)
-    arrays = MergedArrays(base.arrays, factors, adapters.lora.alpha / adapters.lora.rank)
+    arrays = MergedArrays(
+        base.arrays,
+        list_factors(trained["lora"], adapters.lora, base.shape),
+        adapters.lora.alpha / adapters.lora.rank,
+        {
+            f"{name}/table": (np.array(adapters.row_ids), rows)
+            for name, rows in trained.get("rows", {}).items()
+        },
+    )
     return replace(base, folder=epath.Path(folder), step=found, arrays=arrays)
 
 
@@ -168,8 +175,13 @@ def _export_adapters(weights: Weights, target: epath.Path, base: str) -> None:
             base,
             adapters.base,
         )
-    _, pairs = load_pairs(folder, weights.step)
-    write_peft(target, pairs, adapters.lora, weights.shape, base)
+    _, trained = load_trained_to_host(folder, weights.step)
+    if "rows" in trained:
+        raise UserError(
+            f"--adapter: {folder} trained the rows of {', '.join(adapters.lora.trained_tokens)} "
+            "too, which this export does not hold; export it merged, without --adapter"
+        )
+    write_peft(target, trained["lora"], adapters.lora, weights.shape, base)
     print(f"{target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
 
 

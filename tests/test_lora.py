@@ -411,3 +411,33 @@ def test_adapters_go_out_merged_or_alone_and_come_in(adapted, tmp_path, capsys):
             convert.main(["import", *back, "--target", str(tmp_path / "never")])
         assert message in capsys.readouterr().err
         assert not (tmp_path / "never").exists()
+
+
+def test_rows_of_chosen_tokens_are_trained_too(workdir, tmp_path, capsys):
+    """The end-of-text row moves, its neighbours do not, in the embedding that is the head too."""
+    from rpo_jax.data.tokenizer import read_tokenizer
+
+    folder = tmp_path / "runs"
+    shutil.copytree(workdir, folder)
+    tokenizer = read_tokenizer(folder / "fictional-base/model")
+    words = f"('{tokenizer.eos_token}',)"
+    arguments = lora_overrides(folder, name="rows", lora__trained_tokens=words, mesh__tensor=1)
+    assert run(CPT, arguments)["heldout"]["after"]["nll"] > 0
+    network, mesh = network_of(CPT, arguments)
+    abstract = abstract_weights(network.base, mesh)
+    _, base = load_params(folder / "fictional-base", abstract)
+    _, whole = load_params(folder / "rows", abstract)
+    moved = np.any(np.asarray(base["embed"]["table"] != whole["embed"]["table"]), axis=1)
+    assert np.flatnonzero(moved).tolist() == [tokenizer.eos_id]
+    _, trained = load_run(folder / "rows", network, mesh)
+    assert trained["row_ids"].tolist() == [tokenizer.eos_id]
+
+    export = ["export", "--source", str(folder / "rows"), "--base", "none"]
+    convert.main([*export, "--target", str(tmp_path / "out")])
+    convert.main(["import", "--source", str(tmp_path / "out"), "--target", str(tmp_path / "in")])
+    assert relative_difference(whole, load_params(tmp_path / "in", abstract)[1]) < 1e-6
+    with pytest.raises(SystemExit):
+        convert.main([*export, "--adapter", "--target", str(tmp_path / "peft")])
+    assert "export it merged" in capsys.readouterr().err
+    several = lora_overrides(folder, name="other", lora__trained_tokens="('two words',)")
+    assert "not one" in refuse(capsys, CPT, several)

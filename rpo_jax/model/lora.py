@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from rpo_jax.config import TARGETS, Lora
 from rpo_jax.model.quantize import Params, count_inputs
@@ -71,6 +71,38 @@ def _map_targets(make: Callable[[int, str, Any], Params], layers: Params, lora: 
         for room in ("attention", "mlp")
         if set(layers[room]) & set(lora.targets)
     }
+
+
+def take_rows(params: Params, ids_n: Int[Array, "n"]) -> Params:
+    """What `params` gets for trained token rows: "rows" of each table, float32, and "row_ids".
+
+    They begin as what the tables hold, and stand in for it from then on.
+    """
+    tables = [name for name in ("embed", "head") if name in params]
+    rows = {name: params[name]["table"][ids_n].astype(jnp.float32) for name in tables}
+    return {"rows": rows, "row_ids": ids_n}
+
+
+def row_axes(axes: Params) -> Params:
+    """The logical axes of `take_rows`, from those of the tables."""
+    tables = [name for name in ("embed", "head") if name in axes]
+    rows = {name: (None, axes[name]["table"][1]) for name in tables}
+    return {"rows": rows, "row_ids": (None,)}
+
+
+def find_table(params: Params, name: str) -> Float[Array, "V D"]:
+    """The table `name` with its trained rows in place."""
+    table_VD = params[name]["table"]
+    if "rows" not in params:
+        return table_VD
+    return put_rows(jax.lax.stop_gradient(table_VD), params["row_ids"], params["rows"][name])
+
+
+def put_rows(
+    table_VD: Float[Array, "V D"], ids_n: Int[Array, "n"], rows_nD: Float[Array, "n D"]
+) -> Float[Array, "V D"]:
+    """The table with other rows in some places."""
+    return table_VD.at[ids_n].set(rows_nD.astype(table_VD.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -18,7 +18,15 @@ from jaxtyping import Array, Float, Int, UInt32
 from rpo_jax.config import Lora
 from rpo_jax.config import Model as ModelConfig
 from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
-from rpo_jax.model.lora import adapt, adapter_axes, init_adapters, seed_dropout
+from rpo_jax.model.lora import (
+    adapt,
+    adapter_axes,
+    find_table,
+    init_adapters,
+    row_axes,
+    seed_dropout,
+    take_rows,
+)
 from rpo_jax.model.quantize import is_quantized, multiply, quantize_layers
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain
@@ -236,6 +244,8 @@ def init_params(network: Network, key: Array) -> Params:
     params = {**nn.meta.unbox(rest), "layers": layers}
     if network.lora:
         params["lora"] = init_adapters(layers, network.lora, key)
+        if network.lora.trained_tokens:
+            params |= take_rows(params, jnp.arange(len(network.lora.trained_tokens)))
     if network.quantize:
         params["layers"] = quantize_layers(layers, network.quantize)
     return params
@@ -262,6 +272,8 @@ def param_axes(network: Network) -> Params:
     axes = {**jax.tree.map(lambda box: box.names, rest, is_leaf=is_box), "layers": layers}
     if network.lora:
         axes["lora"] = adapter_axes(layers, network.lora)
+        if network.lora.trained_tokens:
+            axes |= row_axes(axes)
     if network.quantize:
         # Values and scales lie alike: the scales' axes are the same, some shorter.
         axes["layers"] = jax.tree.map(
@@ -331,7 +343,7 @@ def run_layer(
 
 def embed(network: Network, params: Params, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What the first layer reads: a row of the input table a token, in the compute dtype."""
-    table_VD = params["embed"]["table"].astype(network.compute_dtype)
+    table_VD = find_table(params, "embed").astype(network.compute_dtype)
     x_BTD = constrain(table_VD, None, "act_embed_lookup")[tokens_BT]
     return constrain(x_BTD, "batch", "row", "act_embed_lookup")
 
@@ -346,4 +358,4 @@ def normalize(
 
 def head_table(params: Params) -> Float[Array, "V D"]:
     """The output head, one row a vocabulary entry; of a tied model the embedding itself."""
-    return cast(Array, params["head" if "head" in params else "embed"]["table"])
+    return find_table(params, "head" if "head" in params else "embed")

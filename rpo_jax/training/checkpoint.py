@@ -144,8 +144,9 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
     path = (folder / _FOLDER).absolute()
     if path.is_dir():
         # Of a checkpoint with the optimizer's state too, the weights are read, one array at a time.
-        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             checkpoints = ocp.training.Checkpointer(path)
         if checkpoints.latest is not None:
             return checkpoints

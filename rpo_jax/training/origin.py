@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpo_jax.config import Checkpoint, Config, Lora
 from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
-from rpo_jax.model.lora import init_adapters, merge_kernel
+from rpo_jax.model.lora import init_adapters, merge_kernel, put_rows, take_rows
 from rpo_jax.model.quantize import is_quantized, quantize_kernel
 from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.sharding.mesh import make_mesh
@@ -50,12 +52,14 @@ class Adapters:
         step: of the checkpoint there.
         checkpoint: fingerprint of that checkpoint.
         lora: rank, alpha, targets.
+        row_ids: of the tokens whose rows are trained too.
     """
 
     base: Path
     step: int
     checkpoint: str
     lora: Lora
+    row_ids: tuple[int, ...] = ()
 
 
 def read_adapters(folder: Path) -> Adapters | None:
@@ -69,13 +73,15 @@ def read_adapters(folder: Path) -> Adapters | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        lora = Lora(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-        return Adapters(folder / values["base"], values["step"], values["checkpoint"], lora)
+        lists = {name: tuple(values["lora"][name]) for name in ("targets", "trained_tokens")}
+        lora = Lora(**{**values["lora"], **lists})
+        base, rows = folder / values["base"], tuple(values["row_ids"])
+        return Adapters(base, values["step"], values["checkpoint"], lora, rows)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r})") from error
 
 
-def note_adapters(config: Config) -> None:
+def note_adapters(config: Config, tokenizer: Tokenizer) -> None:
     """Writes the note of a run of adapters: what they change is the newest step of `init_from`.
 
     With `lora.previous="keep"` it is what the adapters there change, which this run trains on.
@@ -91,7 +97,7 @@ def note_adapters(config: Config) -> None:
             raise UserError(
                 f"lora.previous='keep': {config.origin} holds whole weights and no adapters"
             )
-        for name in ("rank", "alpha", "targets"):
+        for name in ("rank", "alpha", "targets", "trained_tokens"):
             if getattr(before.lora, name) != getattr(lora, name):
                 raise UserError(
                     f"lora.{name}={getattr(lora, name)!r}: the adapters that are kept have "
@@ -103,7 +109,15 @@ def note_adapters(config: Config) -> None:
         with open_existing(base) as checkpoints:
             step = find_step(checkpoints, None)
         checkpoint = fingerprint_checkpoint(base, step)
-    _write_note(folder, Adapters(base, step, checkpoint, lora), folder)
+    ids = tuple(_find_id(tokenizer, token) for token in lora.trained_tokens)
+    _write_note(folder, Adapters(base, step, checkpoint, lora, ids), folder)
+
+
+def _find_id(tokenizer: Tokenizer, token: str) -> int:
+    ids = [tokenizer.eos_id] if token == tokenizer.eos_token else tokenizer.encode(token)
+    if len(ids) != 1:
+        raise UserError(f"lora.trained_tokens: {token!r} is {len(ids)} tokens, {ids}, not one")
+    return ids[0]
 
 
 def _write_note(folder: Path, adapters: Adapters, beside: Path) -> None:
@@ -199,12 +213,17 @@ def _open(
     check_base(folder, adapters)
     _, read_base = _open(adapters.base, abstract, adapters.step, stack)
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    pairs = load_trained(folder, mesh, found)["lora"]
+    trained = load_trained(folder, mesh, found)
+    pairs, rows = trained["lora"], trained.get("rows", {})
+    ids = jnp.asarray(adapters.row_ids, jnp.int32)
     scale = adapters.lora.alpha / adapters.lora.rank
 
     def read(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         kernel = read_base(path, leaf)
         keys = [key.key for key in path]
+        if keys[0] in rows:
+            put = jax.jit(put_rows, out_shardings=leaf.sharding, donate_argnums=0)
+            return put(kernel, ids, rows[keys[0]])
         if keys[0] != "layers" or keys[-1] != "kernel" or keys[2] not in pairs.get(keys[1], {}):
             return kernel
         merge = partial(merge_kernel, scale=scale)
@@ -240,12 +259,12 @@ def load_trained(folder: Path, mesh: Mesh, step: int | None = None) -> Params:
         return jax.tree_util.tree_map_with_path(read, abstract)
 
 
-def load_pairs(folder: Path, step: int | None = None) -> tuple[int, Params]:
-    """Step and adapters of a model folder, on the host."""
+def load_trained_to_host(folder: Path, step: int | None = None) -> tuple[int, Params]:
+    """Step and adapters (with the rows of trained tokens) of a model folder, on the host."""
     with open_existing(folder) as checkpoints:
         found = find_step(checkpoints, step)
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    return found, jax.device_get(load_trained(folder, mesh, found)["lora"])
+    return found, jax.device_get(load_trained(folder, mesh, found))
 
 
 def load_frozen(folder: Path, network: Network, mesh: Mesh) -> Params:
@@ -255,7 +274,11 @@ def load_frozen(folder: Path, network: Network, mesh: Mesh) -> Params:
     if adapters is None:
         return {}
     check_base(folder, adapters)
-    return load_params(adapters.base, abstract, adapters.step)[1]
+    ids = abstract.pop("row_ids", None)
+    frozen = load_params(adapters.base, abstract, adapters.step)[1]
+    if ids is not None:
+        frozen["row_ids"] = jax.device_put(jnp.asarray(adapters.row_ids, jnp.int32), ids.sharding)
+    return frozen
 
 
 def first_trained(config: Config, network: Network, mesh: Mesh, frozen: Params) -> Params:
@@ -269,8 +292,14 @@ def first_trained(config: Config, network: Network, mesh: Mesh, frozen: Params) 
     if network.lora.previous == "keep":
         return jax.device_put(load_trained(config.origin, mesh), places)
     init = partial(init_adapters, lora=network.lora, key=jax.random.key(config.seed))
-    shapes = jax.eval_shape(lambda: frozen["layers"])
-    return jax.jit(lambda: {"lora": init(shapes)}, out_shardings=places)()
+    layers = jax.eval_shape(lambda: frozen["layers"])
+    tables = {name: frozen[name] for name in ("embed", "head") if name in frozen}
+
+    def make(tables: Params, ids: jax.Array | None) -> Params:
+        rows = {} if ids is None else {"rows": take_rows(tables, ids)["rows"]}
+        return {"lora": init(layers), **rows}
+
+    return jax.jit(make, out_shardings=places)(tables, frozen.get("row_ids"))
 
 
 def load_run(folder: Path, network: Network, mesh: Mesh) -> tuple[int, Params]:

@@ -121,7 +121,7 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
                 config.origin / "model", folder / "model", ignore=ours, dirs_exist_ok=True
             )
         if config.lora.rank:
-            note_adapters(config)
+            note_adapters(config, tokenizer)
         if config.origin is None or config.tokenizer.path:
             tokenizer.save(folder / "model")
         run = {"config": to_dict(config), "data": data, "versions": _versions()}

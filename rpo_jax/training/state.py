@@ -37,8 +37,8 @@ def split_params(params: Params) -> tuple[Params, Params]:
     """The trained and the frozen part of the weights: adapters and the rest, or all and nothing."""
     if "lora" not in params:
         return params, {}
-    frozen = dict(params)
-    return {"lora": frozen.pop("lora")}, frozen
+    trained: Params = {name: params[name] for name in ("lora", "rows") if name in params}
+    return trained, {name: value for name, value in params.items() if name not in trained}
 
 
 def join_params(trained: Params, frozen: Params) -> Params:

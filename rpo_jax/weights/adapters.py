@@ -79,11 +79,13 @@ class MergedArrays:
         base: the arrays of the base; adapters may be merged into these in turn.
         factors: see `list_factors`.
         scale: alpha / R.
+        rows: by path of a table, ids and the trained rows that stand in for its own.
     """
 
     base: Any
     factors: dict[str, tuple[str, np.ndarray, np.ndarray]]
     scale: float
+    rows: dict[str, tuple[np.ndarray, np.ndarray]]
 
     @property
     def dtype(self) -> str:
@@ -97,6 +99,11 @@ class MergedArrays:
     def read(self, piece: Piece) -> np.ndarray:
         """The HF rows of a piece."""
         rows = self.base.read(piece)
+        if piece.tensor.path in self.rows:
+            ids, trained = self.rows[piece.tensor.path]
+            here = (ids >= piece.start) & (ids < piece.stop)
+            rows = rows.copy()
+            rows[ids[here] - piece.start] = trained[here]
         if piece.tensor.name not in self.factors:
             return rows
         _, a, b = self.factors[piece.tensor.name]
