@@ -63,6 +63,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
+        "qwix>=0.1.8",
     ],
     # Not in `test`: outside this project's pins a plain torch may be a CUDA build of several GB.
     "parity": ["peft>=0.18", "torch>=2.8", "transformers>=5.0", "trl>=1.0"],

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rpo_jax.errors import UserError
+
 Params = dict[str, Any]
 
 # One scale for so many values along the contraction. Fixed, so that the numbers do not depend on
@@ -42,12 +44,18 @@ def quantize_layers(layers: Params, how: str) -> Params:
 
 def quantize_kernel(kernel: Float[Array, "..."], name: str, how: str) -> Any:
     """The stacked kernel [L, *inputs, *outputs] of the projection `name`, as a `QArray`."""
-    import qwix
-
     axis = count_inputs(name)  # the last of the contracted axes, L being the first
     tile = math.gcd(kernel.shape[axis], _TILE_OF_CUT if name == "down" else _TILE)
     others = [other for other in range(kernel.ndim) if other != axis]
-    return qwix.quantize(kernel, how, tiled_axes={axis: tile}, channelwise_axes=others)
+    return _qwix().quantize(kernel, how, tiled_axes={axis: tile}, channelwise_axes=others)
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError as error:
+        raise UserError("lora.quantize wants pip install 'rpo_jax[quant]'") from error
+    return qwix
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -63,10 +71,9 @@ def multiply(x: Float[Array, "..."], kernel: Any, inputs: int) -> Float[Array, "
     """
     if not is_quantized(kernel):
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
-    import qwix
 
     @jax.checkpoint
     def widened(x: Array, kernel: Any) -> Array:
-        return jnp.tensordot(x, qwix.dequantize(kernel).astype(x.dtype), axes=inputs)
+        return jnp.tensordot(x, _qwix().dequantize(kernel).astype(x.dtype), axes=inputs)
 
     return widened(x, jax.lax.stop_gradient(kernel))
