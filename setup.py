@@ -66,7 +66,14 @@ EXTRAS = {
         "qwix>=0.1.8",
     ],
     # Not in `test`: outside this project's pins a plain torch may be a CUDA build of several GB.
-    "parity": ["peft>=0.18", "torch>=2.8", "transformers>=5.0", "trl>=1.0"],
+    "parity": [
+        "gcp-storage-emulator>=2026.7",  # a bucket on this machine, with the client:
+        "gcsfs>=2026.4",
+        "peft>=0.18",
+        "torch>=2.8",
+        "transformers>=5.0",
+        "trl>=1.0",
+    ],
     "dev": ["import-linter>=2.5", "mypy>=1.18", "pre-commit>=4.0", "ruff>=0.15"],
     "notebooks": ["ipykernel>=7.0", "nbclient>=0.10", "nbstripout>=0.8"],
 }

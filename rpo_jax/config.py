@@ -353,6 +353,13 @@ class Config:
             return None
         return Path(self.init_from if "/" in self.init_from else f"{self.workdir}/{self.init_from}")
 
+    @property
+    def origin_hint(self) -> str:
+        """For a message that `origin` lacks something: the folder that may be meant instead."""
+        if "/" in self.init_from or not Path(self.init_from).is_dir():
+            return ""
+        return f"; a bare name is a run in {self.workdir}: for the folder here, ./{self.init_from}"
+
 
 def defaults() -> ConfigDict:
     """Every field of `Config`, at its default; a required one is an empty placeholder."""

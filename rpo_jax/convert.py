@@ -43,7 +43,7 @@ from rpo_jax.weights.exporting import Weights, export_weights, open_weights, ver
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor
 from rpo_jax.weights.release import make_card
-from rpo_jax.weights.shards import read_json
+from rpo_jax.weights.shards import is_remote, read_json
 from rpo_jax.weights.source import KEPT_FILES, Source, open_source
 from rpo_jax.weights.store import DTYPES
 
@@ -58,7 +58,7 @@ def import_command(args: argparse.Namespace) -> None:
         _import_adapters(epath.Path(args.source), Path(args.base), Path(args.target))
         return
     source = find_source(args.source, args.revision)
-    if import_weights(source, epath.Path(args.target), args.ram_budget_gib, args.part):
+    if import_weights(source, args.target, args.ram_budget_gib, args.part):
         print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
     else:
         print(
@@ -69,8 +69,10 @@ def import_command(args: argparse.Namespace) -> None:
 
 def export_command(args: argparse.Namespace) -> None:
     """A model folder -> Hugging Face safetensors, adapters merged, with a model card."""
-    weights = open_model(Path(args.source), args.step)
-    base = args.base or _origin(weights, "")
+    weights = open_model(epath.Path(args.source), args.step)
+    imported = weights.manifest
+    base = args.base or (imported.source if imported and imported.commit else "")
+    base = "none" if base.lower() == "none" else base
     if base != "none" and not _HUB_ID.fullmatch(base):
         raise UserError(
             f"--base={args.base!r}: the card must name the base model, whose licence applies: give "
@@ -82,19 +84,21 @@ def export_command(args: argparse.Namespace) -> None:
     dtype = _DTYPES.get(args.dtype, weights.arrays.dtype)
     stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
     texts = (_read_text(path) for path in (args.method, args.data, args.results))
-    export_weights(
+    changes = export_weights(
         weights,
-        epath.Path(args.target),
+        args.target,
         args.ram_budget_gib,
         dtype,
         make_card(base, stated, *texts),
     )
+    for change in changes:
+        print(change)
     print(f"{args.target}: step {weights.step}, {dtype}")
 
 
 def verify_command(args: argparse.Namespace) -> None:
     """Reads all weights against the checksums of their import; --against compares logits too."""
-    weights = open_model(Path(args.source), args.step)
+    weights = open_model(epath.Path(args.source), args.step)
     peer = (
         make_peer(weights, args.against, _read_text(args.text) or _TEXT) if args.against else None
     )
@@ -112,9 +116,10 @@ def inspect_command(args: argparse.Namespace) -> None:
     """Describes a model folder, or a folder of safetensors, from its headers alone."""
     folder = epath.Path(args.source)
     if (folder / "model").is_dir():
-        weights = open_model(Path(args.source), args.step)
+        weights = open_model(epath.Path(args.source), args.step)
         shape, dtype, tensors = weights.shape, weights.arrays.dtype, list(weights.tensors.values())
-        print(f"{weights.folder_of_step}: checkpoint of {_origin(weights, 'a run')}")
+        origin = weights.manifest.source if weights.manifest else "a run"
+        print(f"{weights.folder_of_step}: checkpoint of {origin}")
         if adapters := read_adapters(Path(args.source)):
             print(f"  adapters over {adapters.base}, step {adapters.step}; merged in what follows")
             for name in ("rank", "alpha", "targets"):
@@ -130,18 +135,19 @@ def inspect_command(args: argparse.Namespace) -> None:
     print(f"  {len(tensors)} tensors, {_count(tensors):,} parameters, {dtype}")
 
 
-def open_model(folder: Path, step: int | None) -> Weights:
+def open_model(folder: epath.Path, step: int | None) -> Weights:
     """Opens a step of a model folder for reading; adapters are merged into what is read of it.
 
     Raises:
         UserError: no such step, unreadable, or adapters whose base is not what it was.
     """
-    adapters = read_adapters(folder)
+    here = Path(folder)
+    adapters = None if is_remote(folder) else read_adapters(here)
     if adapters is None:
-        return open_weights(epath.Path(folder), step)
-    check_base(folder, adapters)
-    found, trained = load_trained_to_host(folder, step)
-    base = open_model(adapters.base, adapters.step)
+        return open_weights(folder, step)
+    check_base(here, adapters)
+    found, trained = load_trained_to_host(here, step)
+    base = open_model(epath.Path(adapters.base), adapters.step)
     arrays = MergedArrays(
         base.arrays,
         list_factors(trained["lora"], adapters.lora, base.shape),
@@ -151,7 +157,7 @@ def open_model(folder: Path, step: int | None) -> Weights:
             for name, rows in trained.get("rows", {}).items()
         },
     )
-    return replace(base, folder=epath.Path(folder), step=found, arrays=arrays)
+    return replace(base, folder=folder, step=found, arrays=arrays)
 
 
 def _import_adapters(source: epath.Path, base: Path, target: Path) -> None:
@@ -280,10 +286,6 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(math.prod(tensor.hf_shape) for tensor in tensors)
 
 
-def _origin(weights: Weights, otherwise: str) -> str:
-    return weights.manifest.source if weights.manifest else otherwise
-
-
 def _read_text(path: str | None) -> str:
     if path is None:
         return ""
@@ -298,6 +300,12 @@ def _parse_part(text: str) -> Part:
     if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 3/16")
     return Part(int(index), int(count))
+
+
+def _parse_target(text: str) -> epath.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; the folder to make is wanted")
+    return epath.Path(text)
 
 
 def _parse_positive(text: str) -> float:
@@ -339,7 +347,7 @@ def make_parser() -> argparse.ArgumentParser:
     for option in (add_export, add_verify, add_inspect):
         option("--step", type=int, help="which checkpoint; by default the newest")
     for option in (add_import, add_export):
-        option("--target", required=True, help="folder to make")
+        option("--target", required=True, type=_parse_target, help="folder to make")
     for option in (add_import, add_export, add_verify):
         option(
             "--ram_budget_gib",

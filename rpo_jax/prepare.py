@@ -128,7 +128,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if not any((folder / name).is_file() for name in FILE_NAMES):
         raise UserError(
             f"init_from={config.init_from}: no tokenizer in {folder} ({' or '.join(FILE_NAMES)} is "
-            "wanted); set tokenizer.path, or check init_from"
+            f"wanted); set tokenizer.path, or check init_from{config.origin_hint}"
         )
     return read_tokenizer(folder, config.tokenizer.end_of_text)
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from rpo_jax.config import Checkpoint
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training import checkpoint
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import load_params
@@ -22,6 +24,8 @@ from rpo_jax.training.state import (
     make_params,
     start_from,
 )
+from rpo_jax.weights.names import list_tensors
+from rpo_jax.weights.store import open_arrays
 from tests.tiny import NETWORK, make_config
 
 TX = make_optimizer(make_config().optim)
@@ -60,6 +64,20 @@ def test_the_fingerprint_sees_a_changed_and_a_moved_value(saved):
     for other in (table.at[0, 0].add(1e-6), table[::-1]):
         changed = {**state.params, "embed": {"table": other}}
         assert fingerprint_params(changed) != fingerprint_params(state.params)
+
+
+def test_what_is_saved_is_read_in_small_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2000)
+    state = start_from(make_params(NETWORK, ONE, seed=0), TX, abstract_state(NETWORK, TX, ONE))
+    assert max(leaf.nbytes for leaf in jax.tree.leaves(state.params)) > 2000
+    with open_checkpoints(tmp_path, Checkpoint()) as checkpoints:
+        save_state(checkpoints, state)
+    shape = NETWORK.shape
+    step = epath.Path(tmp_path / "checkpoints" / "0")
+    arrays = open_arrays(step, list_tensors(shape), shape.num_hidden_layers)
+    assert 500 < arrays.largest_chunk() <= 2000
+    _, params = load_params(tmp_path, abstract_weights(NETWORK, EIGHT))
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
 def test_no_checkpoint_is_no_state(tmp_path):

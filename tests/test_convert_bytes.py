@@ -182,10 +182,12 @@ def test_export_of_a_run(tmp_path: Path, trained_in: str, small_pieces: None) ->
             assert (from_hf(held[tensor.name], tensor) == want).all(), tensor.name
 
 
-def test_another_dtype_keeps_the_shards(tmp_path: Path) -> None:
+def test_another_dtype_keeps_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "in", TIED)
     import_(source, tmp_path / "model")
+    capsys.readouterr()
     export(tmp_path / "model", tmp_path / "out", "--dtype", "float32")
+    assert "config.json: torch_dtype is now float32\n" in capsys.readouterr().out
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     before = json.loads((source / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == before["weight_map"]
@@ -198,7 +200,9 @@ def test_another_dtype_keeps_the_shards(tmp_path: Path) -> None:
     import_(tmp_path / "out", tmp_path / "again")  # and it is a source like any other
 
 
-def test_export_stops_at_the_end_of_text(tmp_path: Path) -> None:
+def test_export_stops_at_the_end_of_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_checkpoint(tmp_path / "in", TIED)
     for text in ('{"eos_token_id": 3, "top_p": 1.0}', '{"eos_token_id": [3]}', None):
         (source / "generation_config.json").unlink(missing_ok=True)
@@ -206,7 +210,9 @@ def test_export_stops_at_the_end_of_text(tmp_path: Path) -> None:
             (source / "generation_config.json").write_text(text)
         name = f"{len(list(tmp_path.iterdir()))}"
         import_(source, tmp_path / f"model{name}")
+        capsys.readouterr()
         export(tmp_path / f"model{name}", tmp_path / f"out{name}")
+        assert f"eos_token_id is now {END_OF_TEXT}" in capsys.readouterr().out
         made = json.loads((tmp_path / f"out{name}" / "generation_config.json").read_text())
         assert made["eos_token_id"] == END_OF_TEXT
 

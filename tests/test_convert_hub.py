@@ -110,6 +110,22 @@ def serve(files: dict[str, bytes]) -> Iterator[Hub]:
         thread.join()
 
 
+def test_without_a_network(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "rpo_jax.convert", "import", f"--source={NAME}"]
+    done = subprocess.run(
+        [*words, f"--target={tmp_path / 'model'}"],
+        cwd=REPO,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "no such folder, and the hub cannot be reached" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("model*"))
+
+
 @pytest.mark.full
 def test_a_broken_download_resumes(tmp_path: Path) -> None:
     shape = replace(SHAPE, vocab_size=200_000)
@@ -133,7 +149,7 @@ def test_a_broken_download_resumes(tmp_path: Path) -> None:
         hub.cuts = {long: 1, broken: 1000}
         first = run()
         assert first.returncode == 2, first.stderr
-        assert "error: --source=Qwen/tiny" in first.stderr and "Traceback" not in first.stderr
+        assert "error: Qwen/tiny" in first.stderr and "Traceback" not in first.stderr
         assert not (tmp_path / "model").exists()
         hub.cuts = {}
         second = run()

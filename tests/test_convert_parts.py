@@ -85,6 +85,20 @@ def test_killed_and_repeated_it_ends_byte_identical(tmp_path: Path) -> None:
     assert out.pop("README.md") and out == read_files(source)
 
 
+def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", TIED)
+    import_(source, tmp_path / "model", "--part=1/2")
+    for file in ("model/.manifest.json.7", "finished/.model.norm.weight.7", ".unfinished.json.7"):
+        (tmp_path / "model.partial" / file).write_text("{")
+    import_(source, tmp_path / "model", "--part=2/2")
+    assert not [name for name in read_files(tmp_path / "model") if "/." in f"/{name}"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".unfinished.json.7").write_text("{")
+    export(tmp_path / "model", tmp_path / "out")
+    out = read_files(tmp_path / "out")
+    assert out.pop("README.md") and out == read_files(source)
+
+
 def test_a_repeated_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is recorded as finished is not read again, and not mixed with another source."""
     tensors = random_tensors(TIED)

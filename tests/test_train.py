@@ -271,12 +271,16 @@ def test_long_prompts_are_counted_and_stop_the_run(workdir, tmp_path, files, cap
     run(RPO, [*arguments, "--config.data.max_dropped_share=0.2"])
 
 
-def test_missing_things_are_named(workdir, tmp_path, files, capsys):
+def test_missing_things_are_named(workdir, tmp_path, files, capsys, monkeypatch):
     _, heldout = files
     nowhere = file_overrides(workdir, tmp_path, tmp_path / "no.jsonl", heldout)
     assert str(tmp_path / "no.jsonl") in refuse(capsys, RPO, nowhere)
     orphan = rpo_overrides(tmp_path, init_from="fictional-base")
     assert "fictional-base/model/config.json is not there" in refuse(capsys, RPO, orphan)
+    (tmp_path / "fictional-base").mkdir()
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        assert "for the folder here, ./fictional-base" in refuse(capsys, RPO, orphan)
     assert "never is not a run of this program" in refuse(
         capsys, BASE, base_overrides(tmp_path, name="never"), main=measure_run
     )

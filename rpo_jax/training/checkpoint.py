@@ -18,22 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from rpo_jax.config import Checkpoint as CheckpointConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.state import TrainState
+from rpo_jax.weights.workplace import refuse_unfinished
 
 _FOLDER = "checkpoints"
+# A host of another mesh, or an export, reads whole chunks for the part of an array that it wants.
+_CHUNK_BYTES = 32 * 2**20
 
 Read = Callable[[Any, jax.ShapeDtypeStruct], jax.Array]
 
 
 def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Checkpointer:
     """The checkpoints of a run, the newest `config.keep` of them; closing waits for saves."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return ocp.training.Checkpointer(
         (folder / _FOLDER).absolute(),
+        context=context,
         preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
         cleanup_tmp_directories=True,
     )
@@ -139,8 +146,9 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
     """The checkpoints of a model folder, for reading.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or an import into the folder is not finished.
     """
+    refuse_unfinished(epath.Path(folder))
     path = (folder / _FOLDER).absolute()
     if path.is_dir():
         # Of a checkpoint with the optimizer's state too, the weights are read, one array at a time.

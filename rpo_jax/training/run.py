@@ -53,7 +53,7 @@ def find_shape(config: Config) -> ModelShape:
     if not path.is_file():
         raise UserError(
             f"init_from={config.init_from}: {path} is not there; the run before this one, or a "
-            "model made by `rpo_jax.convert import`, is wanted"
+            f"model made by `rpo_jax.convert import`, is wanted{config.origin_hint}"
         )
     shape = load_shape(str(path))
     if config.model.shape and load_shape(config.model.shape) != shape:

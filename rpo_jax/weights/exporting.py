@@ -95,6 +95,11 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
         UserError: no such step, unreadable, or not the model that model/config.json describes.
     """
     refuse_unfinished(folder)
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{folder}: a folder of safetensors; a model folder is wanted, which "
+            "`rpo_jax.convert import` makes of it"
+        )
     config = folder / "model" / "config.json"
     shape = parse_shape(read_json(config), str(config))
     root = folder / CHECKPOINTS
@@ -110,7 +115,7 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
 
 def export_weights(
     weights: Weights, target: epath.Path, ram_budget_gib: float, dtype: str | None, card: bytes
-) -> None:
+) -> list[str]:
     """Writes a checkpoint that transformers and vLLM load.
 
     Without a change of dtype, an imported model comes out as it went in: the same shards with the
@@ -123,6 +128,9 @@ def export_weights(
         dtype: "BF16" or "F32"; None keeps that of the checkpoint.
         card: the model card, README.md.
 
+    Returns:
+        What is not as it was imported in the small files, a line each.
+
     Raises:
         UserError: damaged or non-finite weights, no space, or a target that exists.
     """
@@ -131,7 +139,7 @@ def export_weights(
     if not is_remote(target) and (target / MARKER).exists():
         check_plan(target, plan)  # it was killed with nothing left but this to do
         tidy(target)
-        return
+        return []
     folder = find_workplace(target)
     shards, index = plan_shards(weights, dtype)
     if not folder.exists():
@@ -141,7 +149,8 @@ def export_weights(
         if not held:
             raise UserError(f"{folder}: another process is at work there")
         _fill(weights, shards, folder, ram_budget_gib, dtype)
-        files = describe_release(weights.folder / "model", dtype) | {"README.md": card}
+        kept, changes = describe_release(weights.folder / "model", dtype)
+        files = kept | {"README.md": card}
         if index is not None or shards[0].file == SINGLE:
             files.pop(INDEX, None)
         if index is not None:
@@ -149,6 +158,7 @@ def export_weights(
         for file, data in files.items():
             write_whole(folder / file, data)
         give_name(folder, target)
+    return changes
 
 
 def _fill(

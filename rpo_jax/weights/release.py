@@ -18,8 +18,10 @@ _LICENCES = {
 }
 
 
-def describe_release(model: epath.Path, dtype: str) -> dict[str, bytes]:
+def describe_release(model: epath.Path, dtype: str) -> tuple[dict[str, bytes], list[str]]:
     """The small files of an export, by name: those that were kept, changed only where they must be.
+
+    Also tells what was changed, a line each.
 
     `config.json` changes if it names another dtype than the weights get. `generation_config.json`
     changes, or is made, if it does not stop at the tokenizer's end of text.
@@ -28,17 +30,23 @@ def describe_release(model: epath.Path, dtype: str) -> dict[str, bytes]:
         UserError: one of them is not JSON.
     """
     files = {name: (model / name).read_bytes() for name in KEPT_FILES if (model / name).exists()}
+    changes = []
     config = read_json(model / "config.json")
     for key in ("torch_dtype", "dtype"):
         if config.get(key, _DTYPE_NAMES[dtype]) != _DTYPE_NAMES[dtype]:
             files["config.json"] = _dump(config := config | {key: _DTYPE_NAMES[dtype]})
+            changes.append(f"config.json: {key} is now {_DTYPE_NAMES[dtype]}")
     end = _find_end_of_text(model, config)
     generation = model / "generation_config.json"
     found = read_json(generation) if generation.exists() else {}
     stops = found.get("eos_token_id")
     if end is not None and end not in (stops if isinstance(stops, list) else [stops]):
         files[generation.name] = _dump(found | {"eos_token_id": end})
-    return files
+        changes.append(
+            f"generation_config.json: eos_token_id is now {end}, the tokenizer's end of text; it "
+            f"was {stops}"
+        )
+    return files, changes
 
 
 def _find_end_of_text(model: epath.Path, config: dict[str, Any]) -> int | None:

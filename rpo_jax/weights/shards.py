@@ -146,6 +146,11 @@ def read_index(directory: epath.Path) -> dict[str, set[str]]:
     """
     present = {path.name for path in directory.glob("*.safetensors")}
     if not (directory / INDEX).exists():
+        if not present and any(directory.glob("*.bin")):
+            raise UserError(
+                f"{directory}: has no safetensors, only PyTorch's .bin; load it with transformers "
+                "and save it with `model.save_pretrained(folder)`, which writes safetensors"
+            )
         if present != {SINGLE}:
             raise UserError(
                 f"{directory}: neither {INDEX} nor a lone {SINGLE}, but {sorted(present)}"

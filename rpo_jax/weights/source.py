@@ -11,6 +11,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, parse_shape
 from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import INDEX, Entry, Shard, read_index, read_json, read_shard, stat_file
+from rpo_jax.weights.workplace import refuse_unfinished
 
 # What is kept beside the weights, byte for byte, and goes out again with an export.
 KEPT_FILES = (
@@ -93,6 +94,7 @@ def open_source(directory: epath.Path, hub_id: str = "") -> Source:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder")
+    refuse_unfinished(directory)
     shape = parse_shape(read_json(directory / "config.json"), str(directory / "config.json"))
     shards = []
     for file, promised in sorted(read_index(directory).items()):

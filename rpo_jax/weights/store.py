@@ -10,6 +10,8 @@ most `PIECE_BYTES`, made of chunks small enough that a host of a pod reads littl
 part.
 """
 
+import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,13 +98,30 @@ def create(folder: epath.Path, tensors: Sequence[Tensor], layers: int, dtype: st
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = True
-    with context, ocp.training.Checkpointer((folder / CHECKPOINTS).absolute()) as checkpoints:
+    root = folder / CHECKPOINTS
+    root = root if is_remote(root) else root.absolute()
+    with _no_word_of_merging(), context, ocp.training.Checkpointer(root) as checkpoints:
         checkpoints.save_checkpointables(0, {_PARAMS: placeholders})
     step = folder / CHECKPOINTS / "0"
     for tensor in {tensor.path: tensor for tensor in tensors}.values():
         spec = _spec(step, tensor.path, use_ocdbt=False, use_zarr3=True)
         spec["metadata"] = _zarr_metadata(tensor, layers, dtype)
         ts.open(spec, create=True, delete_existing=True).result()
+
+
+@contextlib.contextmanager
+def _no_word_of_merging() -> Iterator[None]:
+    """Keeps Orbax from warning that it finds no OCDBT files to merge; there are none here."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in str(record.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _zarr_metadata(tensor: Tensor, layers: int, dtype: str) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def clear(folder: epath.Path) -> None:
 def give_name(folder: epath.Path, target: epath.Path) -> None:
     """Makes a workplace, whole now and held alone, the target."""
     if not is_remote(target):
+        for draft in [*folder.glob(".*"), *folder.glob("model/.*")]:  # of a killed `write_whole`
+            draft.unlink()
         os.rename(folder, target)
         sync_folder(target.absolute().parent)
     tidy(target)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -411,7 +412,9 @@ def test_a_05b_goes_in_and_out_and_matches(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=LOGITS_ATOL)
 
 
-def test_verify_compares_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_compares_logits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = vary(num_hidden_layers=2)
     source, model = tmp_path / "source", tmp_path / "model"
     hf_model(shape).save_pretrained(source)
@@ -428,6 +431,19 @@ def test_verify_compares_logits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         convert.main([*words, f"--against={tmp_path / 'other'}"])
     assert "more than --tolerance" in capsys.readouterr().err
+    # What cannot be compared with is told before all the weights are read.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hf_model(vary(num_hidden_layers=1)).save_pretrained(tmp_path / "short")
+    for against, told in (
+        ("nobody/nothing", "nobody/nothing: no such folder, and the hub cannot be reached"),
+        ("nothing", "nothing: no such folder"),
+        (tmp_path / "short", "has another shape"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            convert.main([*words, f"--against={against}"])
+        said = capsys.readouterr()
+        assert stop.value.code == 2
+        assert told in said.err and "checksum" not in said.out + said.err
 
 
 def test_an_export_loads_and_generates(tmp_path: Path) -> None:

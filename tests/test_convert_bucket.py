@@ -1,0 +1,124 @@
+"""Weights in and out of a bucket: a stand-in for Google's on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from converting import REPO, command
+from hub import TIED, random_tensors, read_files, write_checkpoint
+
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="wants the `parity` extra")
+pytest.importorskip("gcsfs", reason="wants the `gcs` extra")
+
+pytestmark = pytest.mark.full
+
+
+class Bucket:
+    """The bucket gs://bucket and commands that see it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # Where gcsfs and TensorStore look for the service, and a token that both take as given.
+        self.env = os.environ | {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "XLA_FLAGS": "",
+        }
+
+    def begin(self, *words: object) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command(*words), cwd=REPO, env=self.env, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, *words: object, status: int = 0) -> str:
+        """What a command says."""
+        process = self.begin(*words)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, err
+        assert "Traceback" not in err
+        return out if status == 0 else err
+
+    def read(self) -> dict[str, bytes]:
+        """Every object, by name."""
+        with urllib.request.urlopen(f"{self.url}/storage/v1/b/bucket/o") as answer:
+            items = json.load(answer).get("items", [])
+        found = {}
+        for item in items:
+            with urllib.request.urlopen(item["mediaLink"]) as answer:
+                found[item["name"]] = answer.read()
+        return found
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    # TensorStore lists what has a prefix as a range of names, which the stand-in does not know.
+    monkeypatch.setattr(
+        emulator.Request,
+        "query",
+        property(lambda self: {"prefix": self._query.get("startOffset", [""]), **self._query}),
+    )
+    server = emulator.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield Bucket(f"http://localhost:{server._api._httpd.server_port}")
+    server.stop()
+
+
+def test_through_a_bucket_and_back(tmp_path: Path, bucket: Bucket) -> None:
+    source = write_checkpoint(tmp_path / "in", TIED)
+    words = ("import", "--source", source, "--target", "gs://bucket/a/model")
+    assert "parameters" in bucket.run(*words)
+    held = bucket.read()
+    assert "a/model/checkpoints/0/commit_success.txt" in held
+    assert not [name for name in held if "unfinished" in name or "finished/" in name]
+    bucket.run(*words)  # nothing to do
+    assert bucket.read() == held
+    assert "every checksum agrees" in bucket.run("verify", "--source", "gs://bucket/a/model")
+    assert "tie_word_embeddings: True" in bucket.run("inspect", "--source", "gs://bucket/a/model")
+    more = ("--base", "none", "--source", "gs://bucket/a/model", "--target")
+    bucket.run("export", *more, "gs://bucket/out")
+    bucket.run("export", *more, tmp_path / "out")
+    out = {k.removeprefix("out/"): v for k, v in bucket.read().items() if k.startswith("out/")}
+    assert out == read_files(tmp_path / "out")
+    assert out.pop("README.md") and out == read_files(source)
+    # What came out is a source, too; and it is another one than what is there.
+    again = ("import", "--source", "gs://bucket/out", "--target")
+    assert "parameters" in bucket.run(*again, "gs://bucket/b")
+    assert "holds an import of" in bucket.run(*again, "gs://bucket/a/model", status=2)
+
+
+def test_two_hosts_and_a_bad_value(tmp_path: Path, bucket: Bucket) -> None:
+    tensors = random_tensors(TIED)
+    good = tensors["model.norm.weight"].copy()
+    tensors["model.norm.weight"][0] = float("nan")
+    source = write_checkpoint(tmp_path / "in", TIED, tensors=tensors)
+    words = ("import", "--source", source, "--target", "gs://bucket/model")
+    assert "NaN" in bucket.run(*words, status=2)
+    for reader in ("verify", "inspect"):
+        assert "not finished" in bucket.run(reader, "--source", "gs://bucket/model", status=2)
+    shutil.rmtree(source)
+    write_checkpoint(source, TIED, tensors=tensors | {"model.norm.weight": good})
+    assert "something else" in bucket.run(*words, status=2)
+    words = ("import", "--source", source, "--target", "gs://bucket/pair")
+    parts = [bucket.begin(*words, f"--part={i}/2") for i in (2, 1)]
+    texts = [part.communicate(timeout=300) for part in parts]
+    assert [part.returncode for part in parts] == [0, 0], texts
+    assert any("parameters" in out for out, _ in texts)
+    assert "every checksum agrees" in bucket.run("verify", "--source", "gs://bucket/pair")
+
+
+def test_what_is_not_ours_stays(tmp_path: Path, bucket: Bucket) -> None:
+    source = write_checkpoint(tmp_path / "in", TIED)
+    bucket.run("import", "--source", source, "--target", "gs://bucket/thesis/chapter")
+    held = bucket.read()
+    words = ("--target", "gs://bucket/thesis")
+    assert "move it away" in bucket.run("import", "--source", source, *words, status=2)
+    more = ("export", "--source", "gs://bucket/thesis/chapter", "--base", "none")
+    assert "move it away" in bucket.run(*more, *words, status=2)
+    assert bucket.read() == held
