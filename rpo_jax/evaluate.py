@@ -50,17 +50,23 @@ from rpo_jax.exams.tables import format_report, format_score
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.prepare import prepare
 from rpo_jax.train import build
-from rpo_jax.training.evaluation import find_references, make_evaluate
-from rpo_jax.training.origin import first_trained, load_run
+from rpo_jax.training.evaluation import find_references, make_evaluate, measure_divergence
+from rpo_jax.training.origin import first_trained, load_params, load_run
 from rpo_jax.training.run import check_same_run, check_vocabulary, write_json
 from rpo_jax.training.state import abstract_weights, join_params, split_params
-from rpo_jax.training.workload import Workload
+from rpo_jax.training.workload import Workload, make_workload
 
 
 def main(argv: list[str]) -> None:
     """Measures a run on held-out data (--config), or an exam (--checkpoint, --score, --report)."""
     if any(arg.lstrip("-").startswith("config") for arg in argv):
-        cli.run(measure_run, ["evaluate", *argv], json="print one line of JSON, and no table")
+        cli.run(
+            measure_run,
+            ["evaluate", *argv],
+            json="print one line of JSON, and no table",
+            merged="of a run of adapters: measure the merged model too, and how far it is from the "
+            "trained one",
+        )
         return
     args = _parse(argv)
     if args.score:
@@ -74,19 +80,27 @@ def main(argv: list[str]) -> None:
     print(dumps(result, ensure_ascii=False) if args.json else shown)
 
 
-def measure_run(config: Config, json: bool = False) -> None:
+def measure_run(config: Config, json: bool = False, merged: bool = False) -> None:
     """Measures a run's newest checkpoint: nats/token of text, or accuracy and margins of pairs."""
-    result = evaluate(build(config))
+    result = evaluate(build(config), merged)
     print(dumps(result) if json else format_result(result))
 
 
-def evaluate(work: Workload) -> dict[str, Any]:
+def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
     """Held-out means of the newest checkpoint of a run; also written to its evaluation.json.
 
+    Args:
+        work: the run's.
+        merged: measure its adapters merged as well, as an export has them: where the base was
+            quantised, that is not quite the model that was trained. The divergence is
+            KL(trained || merged), nats a held-out target.
+
     Raises:
-        UserError: the run has no checkpoint, or is of another config.
+        UserError: the run has no checkpoint, is of another config, or has nothing to merge.
     """
     config = work.config
+    if merged and not config.lora.rank:
+        raise UserError(f"--merged: {config.folder} has no adapters")
     check_same_run(config, free=("workdir", "data.", "train.", "mesh.", "log.", "checkpoint."))
     tokenizer = read_tokenizer(config.folder / "model", config.tokenizer.end_of_text)
     check_vocabulary(config, tokenizer, work.network.shape)
@@ -102,7 +116,13 @@ def evaluate(work: Workload) -> dict[str, Any]:
 
         (reference,) = find_references(work, config.folder, [heldout], step, params, first)
         means = make_evaluate(work, abstract, heldout, reference)(params)
-    result = {"run": str(config.folder), "step": step, "heldout": means}
+        result = {"run": str(config.folder), "step": step, "heldout": means}
+        if merged:
+            plain = abstract_weights(work.network.base, work.mesh)
+            _, whole = load_params(config.folder, plain, step)
+            bare = make_workload(config, work.network.base, work.mesh)
+            result["merged"] = make_evaluate(bare, plain, heldout, reference)(whole)
+            result["divergence"] = measure_divergence(work, heldout, params, whole)
     if jax.process_index() == 0:
         write_json(config.folder / "evaluation.json", result)
     return result
@@ -111,7 +131,13 @@ def evaluate(work: Workload) -> dict[str, Any]:
 def format_result(result: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
     lines = [f"{result['run']}, step {result['step']}, held out:"]
-    lines += [f"  {name:<22}{value:>12.4f}" for name, value in result["heldout"].items()]
+    if "merged" in result:
+        lines.append(f"  {'':<22}{'trained':>12}{'merged':>12}")
+    for name, value in result["heldout"].items():
+        other = f"{result['merged'][name]:>12.4f}" if "merged" in result else ""
+        lines.append(f"  {name:<22}{value:>12.4f}{other}")
+    if "divergence" in result:
+        lines.append(f"  KL(trained || merged) {result['divergence']:.3g} nats/token")
     return "\n".join(lines)
 
 

@@ -285,7 +285,7 @@ def network_of(config, arguments):
     return work.network, work.mesh
 
 
-def test_a_qlora_run_holds_adapters_and_names_its_base(adapted):
+def test_a_qlora_run_holds_adapters_and_names_its_base(adapted, capsys):
     summary = json.loads((adapted / "cpt/summary.json").read_text())["heldout"]
     assert summary["after"]["nll"] < summary["before"]["nll"]
     note = json.loads((adapted / "cpt/model/adapters.json").read_text())
@@ -293,6 +293,12 @@ def test_a_qlora_run_holds_adapters_and_names_its_base(adapted):
     network, mesh = network_of(CPT, lora_overrides(adapted, name="cpt", lora__quantize="nf4"))
     step, trained = load_run(adapted / "cpt", network, mesh)
     assert step == 6 and trained["layers"]["mlp"]["up"]["kernel"].qtype == "nf4"
+    printed = lora_overrides(adapted, name="cpt", lora__quantize="nf4")
+    evaluate_main([f"--config={CPT}", *printed, "--json", "--merged"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    np.testing.assert_allclose(result["heldout"]["nll"], summary["after"]["nll"], rtol=1e-5)
+    assert 0 < abs(result["merged"]["nll"] - result["heldout"]["nll"]) < 0.2
+    assert 1e-6 < result["divergence"] < 0.2
     # Read as a whole model it is merged into the weights as they were before they were quantised.
     base_mesh = make_mesh(make_config().mesh, jax.devices()[:1])
     abstract = abstract_weights(network.base, base_mesh)

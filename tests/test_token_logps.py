@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpo_jax.losses.token_logps import Projection, token_logps
+from rpo_jax.losses.token_logps import Projection, token_divergences, token_logps
 
 B, M, D, V = 2, 7, 8, 37
 
@@ -129,3 +129,15 @@ def test_bfloat16_states_keep_float32_log_probs():
     wanted, _ = _oracle(*rounded, labels)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_divergences_are_those_of_whole_distributions():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, other = (jax.random.normal(key, (2, 7, 16)) for key in keys[:2])
+    head, other_head = (jax.random.normal(key, (33, 16)) for key in keys[2:])
+    how = Projection(3, used_vocab=30)
+    found = token_divergences(hidden, other, head, other_head, how)
+    logits = (np.asarray(x)[..., :30] for x in (hidden @ head.T, other @ other_head.T))
+    p, q = (log_softmax(x.astype(np.float64), axis=-1) for x in logits)
+    np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-4)
+    assert np.all(np.abs(token_divergences(hidden, hidden, head, head, how)) < 1e-6)

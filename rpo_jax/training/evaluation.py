@@ -18,7 +18,7 @@ from rpo_jax.training.objective import Batch
 from rpo_jax.training.reference import Reference, compute_reference, find_reference
 from rpo_jax.training.run import write_json
 from rpo_jax.training.state import fingerprint_params, with_shardings
-from rpo_jax.training.step import make_measure, make_score
+from rpo_jax.training.step import make_divergence, make_measure, make_score
 from rpo_jax.training.workload import Workload, heldout_batches
 
 
@@ -58,6 +58,22 @@ def make_evaluate(
         return means
 
     return evaluate
+
+
+def measure_divergence(work: Workload, records: Records, params: Params, whole: Params) -> float:
+    """KL of a run's own weights from other, whole ones, a mean over held-out targets, nats/token.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    measure = make_divergence(work)
+    total = count = 0.0
+    for batch in heldout_batches(work, records, None, work.config.train.eval_rows):
+        found = jax.device_get(measure(params, whole, put_batch(batch, work.mesh)))
+        total, count = total + float(found[0]), count + float(found[1])
+    if not np.isfinite(total):
+        raise UserError(f"{records.directory}: the divergence is not finite")
+    return total / max(count, 1.0)
 
 
 def find_references(

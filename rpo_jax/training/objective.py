@@ -53,13 +53,11 @@ def make_projection(config: Config) -> Projection:
     )
 
 
-def target_logps(
-    network: Network, params: Params, batch: Batch, how: Projection
-) -> Float[Array, "B M"]:
-    """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0.
+def target_states(network: Network, params: Params, batch: Batch) -> Float[Array, "B M D"]:
+    """The hidden states that predict a batch's targets.
 
-    Rows are as `data.rows` makes them. Where `target_index` is present only those positions are
-    projected on the vocabulary; otherwise every position of the row predicts its label.
+    Rows are as `data.rows` makes them. Where `target_index` is present it says which positions
+    these are; otherwise every position of the row predicts its label.
     """
     hidden_BTD = forward(
         network,
@@ -75,7 +73,15 @@ def target_logps(
         # Not left to the partitioner: on data x fsdp x tensor it gave wrong gradients here (XLA of
         # jaxlib 0.10.2), the chunked loop having cut the width of the states over fsdp.
         hidden_BTD = constrain(hidden_BTD, "batch", None, "act_embed")
-    logps_BM = token_logps(hidden_BTD, head_table(params), batch["labels"], how)
+    return hidden_BTD
+
+
+def target_logps(
+    network: Network, params: Params, batch: Batch, how: Projection
+) -> Float[Array, "B M"]:
+    """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0."""
+    hidden_BMD = target_states(network, params, batch)
+    logps_BM = token_logps(hidden_BMD, head_table(params), batch["labels"], how)
     return jnp.where(batch["target_mask"] > 0, logps_BM, 0.0)
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, UInt32
 
-from rpo_jax.model.qwen2 import Params
+from rpo_jax.losses.token_logps import token_divergences
+from rpo_jax.model.qwen2 import Params, head_table
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.objective import (
     Batch,
@@ -17,6 +18,7 @@ from rpo_jax.training.objective import (
     divide,
     make_projection,
     target_logps,
+    target_states,
 )
 from rpo_jax.training.optim import learning_rate_fraction
 from rpo_jax.training.state import TrainState, abstract_weights, join_params, split_params
@@ -150,3 +152,23 @@ def make_score(work: Workload, abstract: Params) -> jax.stages.Wrapped:
         in_shardings=(places, batch_sharding(work.mesh)),
         out_shardings=replicated(work.mesh),
     )
+
+
+def make_divergence(work: Workload) -> jax.stages.Wrapped:
+    """The jitted `(params, whole, batch) -> (sum of KL(params || whole) in nats, targets)`.
+
+    `params` are a run's own weights, `whole` ones without adapters; see `token_divergences`.
+    """
+
+    def measure(params: Params, whole: Params, batch: Batch) -> tuple[Array, Array]:
+        kl_BM = token_divergences(
+            target_states(work.network, params, batch),
+            target_states(work.network.base, whole, batch),
+            head_table(params),
+            head_table(whole),
+            make_projection(work.config),
+        )
+        mask_BM = batch["target_mask"]
+        return jnp.sum(kl_BM * (mask_BM > 0)), jnp.sum(mask_BM > 0)
+
+    return jax.jit(measure)
