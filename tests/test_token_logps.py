@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from rpo_jax.losses.token_logps import Projection, token_divergences, token_logps
 
