@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from rpo_jax.config import Config, describe, resolve
 from rpo_jax.errors import Stopped, UserError
 
 
-def run(command: Callable[..., Any], argv: list[str] | None = None, **switches: str) -> None:
+def run(
+    command: Callable[..., Any],
+    argv: list[str] | None = None,
+    options: Mapping[str, str] | None = None,
+    **switches: str,
+) -> None:
     """Parses the command line, calls `command(config, **switches)` and exits.
 
     Args:
         command: what to do; its docstring heads `--help`.
         argv: the command line; by default this process's.
+        options: flags that take text (empty by default) with their help, passed on as keywords.
         **switches: boolean flags (off by default) with their help, passed on as keywords.
     """
     with exit_on_error():
-        config, values = parse(command, sys.argv if argv is None else argv, switches)
+        config, values = parse(command, sys.argv if argv is None else argv, switches, options or {})
         command(config, **values)
 
 
@@ -60,9 +66,12 @@ def exit_on_error() -> Iterator[None]:
 
 
 def parse(
-    command: Callable[..., Any], argv: list[str], switches: dict[str, str]
-) -> tuple[Config, dict[str, bool]]:
-    """The typed config and the switches of a command line.
+    command: Callable[..., Any],
+    argv: list[str],
+    switches: Mapping[str, str],
+    options: Mapping[str, str],
+) -> tuple[Config, dict[str, Any]]:
+    """The typed config, and the switches and options of a command line.
 
     Raises:
         UserError: unknown flag or field, a value that does not parse, a config file that is missing
@@ -70,15 +79,17 @@ def parse(
         SystemExit: after `--help`.
     """
     if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-        print(_help(command, switches))
+        print(_help(command, switches, options))
         sys.exit(0)
-    _check_flags(argv[1:], switches)
+    _check_flags(argv[1:], {**switches, **options})
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
         "config", lock_config=True, flag_values=values, sys_argv=argv
     )
     for name, text in switches.items():
         flags.DEFINE_boolean(name, False, text, flag_values=values)
+    for name, text in options.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:
@@ -95,15 +106,15 @@ def parse(
         raise UserError(
             "--config: get_config() must return the ConfigDict of rpo_jax.config.defaults()"
         )
-    return resolve(holder.value), {name: getattr(values, name) for name in switches}
+    return resolve(holder.value), {name: getattr(values, name) for name in (*switches, *options)}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """The config of a file; `overrides` are as on a command line: `--config.field=value`."""
-    return parse(load_config, ["", f"--config={path}", *overrides], {})[0]
+    return parse(load_config, ["", f"--config={path}", *overrides], {}, {})[0]
 
 
-def _check_flags(args: list[str], switches: dict[str, str]) -> None:
+def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:
     """Misspelt flags, told with the nearest right one before any file is read."""
     fields = config_module.field_names()
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
@@ -147,13 +158,16 @@ def _explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {head} {hint}".rstrip()
 
 
-def _help(command: Callable[..., Any], switches: dict[str, str]) -> str:
+def _help(
+    command: Callable[..., Any], switches: Mapping[str, str], options: Mapping[str, str]
+) -> str:
     module = command.__module__ if command.__module__ != "__main__" else _main_module()
     lines = [
         (command.__doc__ or "").strip().split("\n\n")[0],
         "",
         f"usage: python -m {module} --config=configs/<name>.py [--config.field=value ...]",
         *(f"  --{name}\n      {text}" for name, text in switches.items()),
+        *(f"  --{name}=...\n      {text}" for name, text in options.items()),
         "",
         "Fields (default) [choices]; lists are written '(1, 2)':",
         describe(),

@@ -29,7 +29,7 @@ from rpo_jax.model.lora import (
 )
 from rpo_jax.model.quantize import is_quantized, multiply, quantize_layers
 from rpo_jax.model.shape import ModelShape
-from rpo_jax.sharding.rules import constrain
+from rpo_jax.sharding.rules import constrain, gathered
 
 Params = dict[str, Any]
 
@@ -182,9 +182,12 @@ class Block(nn.Module):
         norm = partial(RMSNorm, self.network.shape.rms_norm_eps, self.network.param_dtype)
         x_BTD = constrain(x_BTD, "batch", "row", "act_embed")
         attention = Attention(self.network, name="attention")
-        y_BTD, kept = attention(norm(name="attention_norm")(x_BTD), positions_BT, meet)
-        x_BTD = x_BTD + y_BTD
-        x_BTD = x_BTD + Mlp(self.network, name="mlp")(norm(name="mlp_norm")(x_BTD))
+        # Gathered once for all matmuls that read it.
+        seen_BTD = constrain(norm(name="attention_norm")(x_BTD), "batch", "row", None)
+        y_BTD, kept = attention(seen_BTD, positions_BT, meet)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", "row", "act_embed")
+        seen_BTD = constrain(norm(name="mlp_norm")(x_BTD), "batch", "row", None)
+        x_BTD = x_BTD + Mlp(self.network, name="mlp")(seen_BTD)
         return constrain(x_BTD, "batch", "row", "act_embed"), kept
 
 
@@ -311,6 +314,7 @@ def forward(
         stacked["lora"] = seed_dropout(stacked["lora"], count, dropout_seed_B)
 
     def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
+        variables = {**variables, "params": _gather(network, variables["params"])}
         return run_layer(network, variables, x_BTD, positions_BT, meet)
 
     if network.remat != "none":
@@ -323,6 +327,21 @@ def forward(
         for index in range(network.shape.num_hidden_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
     return normalize(network, params, x_BTD)
+
+
+def _gather(network: Network, weights: Params) -> Params:
+    """A layer's weights as its matmuls read them, whole along fsdp.
+
+    In the compute dtype; quantised ones stay so.
+    """
+
+    def one(axes: tuple[str, ...], leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            leaf = leaf.astype(network.compute_dtype)
+        return jax.tree.map(lambda x: constrain(x, *gathered(axes[1:])), leaf)
+
+    axes = param_axes(network.base)["layers"]
+    return jax.tree.map(one, axes, weights, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def layer_variables(params: Params) -> dict[str, Params]:

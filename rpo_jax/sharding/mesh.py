@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from rpo_jax.config import Mesh as MeshConfig
@@ -29,12 +30,29 @@ def mesh_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes data, fsdp, seq and tensor; by default over all devices of all processes."""
+    """A mesh with axes data, fsdp, seq and tensor; by default over all devices of all processes.
+
+    Several slices lie one after the other along `data`, the axis that talks least.
+
+    Raises:
+        UserError: the axes do not multiply to the devices, or `data` not to the slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data={sizes['data']}: {slices} slices are joined along data, a multiple of "
+            f"{slices} is wanted"
+        )
+    within = {**sizes, "data": sizes["data"] // slices}
+    # A mesh axis of 4 may be a quarter of a side of 16 chips.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(
+            tuple(within.values()), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -13,14 +13,14 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "row": ("seq",),
-    "act_embed": (),
+    "act_embed": ("tensor",),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
     "act_vocab": ("tensor",),
     "act_mlp": ("tensor",),
     # weights
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "seq"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -40,6 +40,15 @@ RULES: dict[str, tuple[str, ...]] = {
 def partition_spec(axes: tuple[str | None, ...]) -> P:
     """The mesh axes of an array with these logical axes; None is an axis that is never cut."""
     return P(*(RULES[axis] or None if axis is not None else None for axis in axes))
+
+
+def gathered(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The logical axes of a weight where a matmul reads it: no longer cut where it was for storage.
+
+    Asked for by name and once a layer. Left to the compiler, a matmul that meets a weight cut along
+    its contraction becomes a loop of small ones.
+    """
+    return tuple(None if axis == "embed" else axis for axis in axes)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,9 +1,9 @@
 """What a run would do, told without doing it."""
 
 import jax
-import numpy as np
 
 from rpo_jax.model.qwen2 import count_params
+from rpo_jax.training.estimate import full_batch, local_bytes
 from rpo_jax.training.metrics import count_flops
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.state import abstract_state, abstract_weights, split_params
@@ -29,16 +29,14 @@ def describe_run(work: Workload) -> str:
         _, frozen = split_params(abstract_weights(work.network, mesh))
         memory = step.lower(abstract, frozen, work.hyper, batch).compile().memory_analysis()
     assert memory is not None, "every backend of XLA accounts for its memory"
-    state = _local_bytes((abstract, frozen))
+    state = local_bytes((abstract, frozen))
     parameters = f"{count_params(work.network):,}"
     if frozen:
         adapters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         held = config.lora.quantize or config.model.param_dtype
         parameters += f" frozen in {held}, {adapters:,} of adapters trained"
     folder = config.folder
-    full = {**batch, "target_mask": np.ones_like(batch["target_mask"])}
-    full["segment_ids"] = np.ones_like(full["segment_ids"])
-    full["positions"] = np.broadcast_to(np.arange(row_tokens), full["positions"].shape)
+    full = full_batch(work)
     rows = config.train.batch_rows
     lines = {
         "stage": f"{config.stage}, from {config.init_from or 'random weights'}",
@@ -60,11 +58,3 @@ def describe_run(work: Workload) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
-
-
-def _local_bytes(abstract: object) -> int:
-    """Bytes of a sharded tree on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract)
-    )

@@ -20,7 +20,7 @@ from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
 from rpo_jax.losses.token_logps import Projection, token_logps
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
-from rpo_jax.sharding.rules import constrain
+from rpo_jax.sharding.rules import constrain, gathered
 
 Batch = dict[str, Array]
 Hyper = dict[str, Array]  # loss weights and learning rate: traced, so that no value recompiles
@@ -72,7 +72,7 @@ def target_states(network: Network, params: Params, batch: Batch) -> Float[Array
         hidden_BTD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)
         # Not left to the partitioner: on data x fsdp x tensor it gave wrong gradients here (XLA of
         # jaxlib 0.10.2), the chunked loop having cut the width of the states over fsdp.
-        hidden_BTD = constrain(hidden_BTD, "batch", None, "act_embed")
+        hidden_BTD = constrain(hidden_BTD, "batch", None, None)
     return hidden_BTD
 
 
@@ -81,7 +81,9 @@ def target_logps(
 ) -> Float[Array, "B M"]:
     """Log-probabilities of a batch's targets, float32, 0 where `target_mask` is 0."""
     hidden_BMD = target_states(network, params, batch)
-    logps_BM = token_logps(hidden_BMD, head_table(params), batch["labels"], how)
+    # Gathered along its width here, once, and not in every chunk.
+    head_VD = constrain(head_table(params).astype(hidden_BMD.dtype), *gathered(("vocab", "embed")))
+    logps_BM = token_logps(hidden_BMD, head_VD, batch["labels"], how)
     return jnp.where(batch["target_mask"] > 0, logps_BM, 0.0)
 
 

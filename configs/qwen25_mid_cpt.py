@@ -1,0 +1,41 @@
+"""Between laptop and pod: continued pretraining of the 0.5B, 1.5B and 7B; the size is the argument.
+
+`--config=configs/qwen25_mid_cpt.py:0.5b` fits the one v5e chip of a free Colab, `1.5b` and `7b` one
+host of eight v6e chips. Wants the converted model and your own text. On a GPU, which has no splash:
+`--config.model.attention=dense --config.mesh.data=1 --config.mesh.fsdp=-1`.
+"""
+
+from ml_collections import ConfigDict
+
+from rpo_jax.config import defaults
+
+# Size -> the smallest slice it was compiled for, and for it: fsdp, rows a step, micro-batches.
+SIZES = {
+    "0.5b": ("v5e:1x1", 1, 16, 8),
+    "1.5b": ("v6e:2x4", 8, 32, 1),
+    "7b": ("v6e:2x4", 8, 16, 2),
+}
+
+
+def get_config(arg: str = "0.5b") -> ConfigDict:
+    """1000 steps of rows of 2048 tokens."""
+    config = defaults()
+    config.stage = "cpt"
+    config.name = "qwen25-mid-cpt" + ("" if arg == "0.5b" else f"-{arg}")
+    config.init_from = f"models/qwen2.5-{arg}"
+    config.model.shape = f"qwen2.5-{arg}"
+    config.model.compute_dtype = "bfloat16"
+    config.model.attention = "splash"
+    config.model.remat = "full"
+    config.mesh.data = 1
+    _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = SIZES[arg]
+
+    config.data.train = ("corpus/train/*.jsonl.gz",)
+    config.data.heldout = ("corpus/heldout/*.jsonl.gz",)
+    config.data.row_length = 2048
+
+    config.train.steps = 1000
+    config.optim.learning_rate = 1e-5
+    config.optim.warmup_steps = 50
+    config.optim.weight_decay = 0.1
+    return config

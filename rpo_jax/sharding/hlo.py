@@ -1,0 +1,266 @@
+"""Reads what the TPU compiler made of a program: cycles, collectives, kernels."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "collective-broadcast",
+)
+_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective, each time it runs.
+
+    Attributes:
+        kind: all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all.
+        output_bytes: of its result on one device.
+        group: ids of the devices that talk with each other, of the first group; of a permutation
+            the first source and its target.
+        between_cycles: compute scheduled between its start and its end, which hides it.
+        times: it runs in a step.
+    """
+
+    kind: str
+    output_bytes: int
+    group: tuple[int, ...]
+    between_cycles: int
+    times: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A custom call without an estimate, each time it runs.
+
+    Attributes:
+        name: of the kernel.
+        shapes: of its operands that are floats of three axes: queries, keys, values, ...
+        times: it runs in a step.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    times: int
+
+
+@dataclass
+class Program:
+    """Sums over one run of an optimized program, loops counted as often as they turn."""
+
+    cycles: int = 0
+    transfers: list[Transfer] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Op:
+    name: str
+    shape: str
+    code: str
+    text: str
+
+    def find(self, pattern: str) -> str:
+        match = re.search(pattern, self.text)
+        return match[1] if match else ""
+
+
+def read_program(text: str) -> Program:
+    """Adds up the optimized HLO of a TPU executable (`compiled.as_text()`).
+
+    The compiler writes its own estimate of cycles beside most operations. Loops are weighted by
+    their trip counts, which are the constants their conditions compare with. An operation inside an
+    asynchronous wrapper counts where the wrapper stands.
+    """
+    computations, entry = _split(text)
+    trips = {
+        body: _trip_count(computations, condition)
+        for ops in computations.values()
+        for op in ops
+        if op.code == "while"
+        for condition, body in [(op.find(r"condition=%?([\w.\-]+)"), op.find(r"body=%?([\w.\-]+)"))]
+    }
+    cycles_of: dict[str, int] = {}
+
+    def count_cycles(name: str) -> int:
+        if name not in cycles_of:
+            cycles_of[name] = sum(_cycles(op, trips, count_cycles) for op in computations[name])
+        return cycles_of[name]
+
+    program = Program(cycles=count_cycles(entry))
+
+    def collect(name: str, times: int) -> None:
+        passed, started = 0, {}
+        for op in computations[name]:
+            if op.code == "while":
+                body = op.find(r"body=%?([\w.\-]+)")
+                collect(body, times * trips[body])
+            elif op.code.endswith("-start"):
+                started[op.name] = passed
+            elif op.code == "custom-call" and "tpu_custom_call" in op.text:
+                program.kernels.append(_kernel(op, times))
+            for kind, inner in _collectives(op, computations):
+                if op.code.endswith("-done"):
+                    continue
+                program.transfers.append(
+                    Transfer(
+                        kind,
+                        _output_bytes(kind, op, inner),
+                        read_group(inner.text),
+                        _hidden_behind(op, computations[name], trips, count_cycles),
+                        times,
+                    )
+                )
+            passed += _cycles(op, trips, count_cycles)
+
+    collect(entry, 1)
+    return program
+
+
+def _split(text: str) -> tuple[dict[str, list[_Op]], str]:
+    computations: dict[str, list[_Op]] = {}
+    current, entry = "", ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = head[2]
+            computations[current] = []
+            entry = current if head[1] else entry
+        elif current and line.startswith("  "):
+            name, equals, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+            code = _OPCODE.search(" " + rest)
+            if equals and code:
+                shape = rest[: code.start()]
+                computations[current].append(_Op(name.lstrip("%"), shape, code[1], rest))
+    assert entry, "every HLO module has an entry computation"
+    return computations, entry
+
+
+def _trip_count(computations: dict[str, list[_Op]], condition: str) -> int:
+    constants = [
+        int(n) for op in computations[condition] for n in re.findall(r"constant\((\d+)\)", op.text)
+    ]
+    return max(constants, default=1)
+
+
+def _cycles(op: _Op, trips: dict[str, int], count: Callable[[str], int]) -> int:
+    if op.code == "while":
+        body = op.find(r"body=%?([\w.\-]+)")
+        return trips[body] * count(body)
+    estimate = op.find(r'"estimated_cycles":"(\d+)"')
+    return int(estimate) if estimate else 0
+
+
+def _collectives(op: _Op, computations: dict[str, list[_Op]]) -> Iterator[tuple[str, _Op]]:
+    """The collectives of an operation: itself, or what it calls in a fusion or a wrapper."""
+    kind = op.code.removesuffix("-start")
+    if kind in _COLLECTIVES:
+        yield kind, op
+        return
+    if op.code == "while":
+        return
+    called = op.find(r"(?:calls|to_apply)=%?([\w.\-]+)")
+    for inner in computations.get(called, ()):
+        for kind, found in _collectives(inner, computations):
+            scatters = kind == "all-reduce" and "all-reduce-scatter" in called
+            yield "reduce-scatter" if scatters else kind, found
+
+
+def _output_bytes(kind: str, op: _Op, inner: _Op) -> int:
+    shapes = _sizes(op.shape if kind == "reduce-scatter" else inner.shape)
+    if inner.code in ("all-gather-start", "collective-permute-start"):  # (operand, result, ...)
+        return shapes[1]
+    return sum(shapes)
+
+
+def _sizes(shape: str) -> list[int]:
+    return [
+        _BYTES.get(kind, 1) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in _SHAPE.findall(shape)
+    ]
+
+
+def _hidden_behind(
+    op: _Op, ops: list[_Op], trips: dict[str, int], count: Callable[[str], int]
+) -> int:
+    """Cycles scheduled between the start of a transfer and the operation that waits for it."""
+    if not op.code.endswith("-start"):
+        return 0
+    at = ops.index(op)
+    done = op.code.removesuffix("-start") + "-done"
+    cycles = 0
+    for later in ops[at + 1 :]:
+        if later.code == done and re.search(rf"%{re.escape(op.name)}\b(?![.\-])", later.text):
+            return cycles
+        cycles += _cycles(later, trips, count)
+    return cycles
+
+
+def _kernel(op: _Op, times: int) -> Kernel:
+    operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", op.text)
+    shapes = _SHAPE.findall(operands[1] if operands else "")
+    floats = [
+        [int(n) for n in dims.split(",") if n] for kind, dims in shapes if kind in ("bf16", "f32")
+    ]
+    return Kernel(
+        op.name.rsplit(".", 1)[0], tuple(tuple(dims) for dims in floats if len(dims) == 3), times
+    )
+
+
+def read_group(text: str) -> tuple[int, ...]:
+    """The first group of devices of a collective, in any of the notations of HLO."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return int(pairs[1]), int(pairs[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(int(n) for n in listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = _iota(iota[2], iota[3])
+        return tuple(int(n) for n in ids.reshape([int(n) for n in iota[1].split(",")])[0])
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+        r"\{([^}]*)\}",
+        text,
+    ):
+        axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+        total = str(math.prod(int(n) for _, n in axes))
+        ids = _iota(mesh[2] or total, mesh[3]).reshape([int(n) for _, n in axes])
+        talking = re.findall(r"'(\w+)'", mesh[4])
+        names = [name for name, _ in axes]
+        ids = np.moveaxis(ids, [names.index(n) for n in talking], range(len(talking)))
+        count = math.prod(ids.shape[: len(talking)])
+        return tuple(int(n) for n in ids.reshape(count, -1)[:, 0])
+    return ()
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    sizes = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
+
+
+def sum_by_axes(program: Program, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Bytes that each kind of collective puts out on a device, by the mesh axes it runs over."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for transfer in program.transfers:
+        axes = axes_of(transfer.group, mesh_shape)
+        sums[axes][transfer.kind] += transfer.output_bytes * transfer.times
+    return {axes: dict(kinds) for axes, kinds in sums.items()}
+
+
+def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> str:
+    """The mesh axes along which the members of a group differ, as `fsdp` or `data*fsdp`."""
+    places = np.stack(np.unravel_index(np.array(group or (0,)), tuple(mesh_shape.values())))
+    differ = (places != places[:, :1]).any(axis=1)
+    return "*".join(name for name, moves in zip(mesh_shape, differ, strict=True) if moves) or "none"

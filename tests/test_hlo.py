@@ -1,0 +1,109 @@
+"""Sums over optimized HLO, on a program small enough to add up by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rpo_jax.sharding.hlo import axes_of, read_group, read_program, sum_by_axes
+from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds
+from rpo_jax.sharding.topology import CHIPS, Topology
+
+# A loop of 5 turns: 100 cycles, a kernel, a permutation behind 70 cycles, and a fused
+# reduce-scatter; then, once, an all-gather and 1000 cycles.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (input: bf16[8,128]) -> bf16[4,128] {
+  %input = bf16[8,128]{1,0} parameter(0)
+  %all-reduce.1 = bf16[8,128]{1,0} all-reduce(%input), replica_groups={{0,2},{1,3}}, to_apply=%add
+}
+
+%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), backend_config={"estimated_cycles":"100"}
+  %collective-permute-start.1 = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) \
+collective-permute-start(%fusion.1), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %fusion.2 = bf16[8,128]{1,0} fusion(%x), backend_config={"estimated_cycles":"70"}
+  %collective-permute-done.1 = bf16[8,128]{1,0} collective-permute-done(%collective-permute-start.1)
+  %splash_mha_fwd_segmented.3 = bf16[4,256,128]{2,1,0} custom-call(%q, %k, %v), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, \
+bf16[4,256,128]{2,1,0}, bf16[2,512,128]{2,1,0}, bf16[2,512,64]{2,1,0}, s32[8,512]{1,0}}, \
+frontend_attributes={kernel_metadata={
+  %fusion.3 = bf16[4,128]{1,0} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %tuple.1 = (s32[], bf16[8,128]{1,0}) tuple(%i, %fusion.2)
+}
+
+%condition (p: (s32[], bf16[8,128])) -> pred[] {
+  %constant.1 = s32[] constant(5)
+  ROOT %compare.1 = pred[] compare(%i, %constant.1), direction=LT
+}
+
+ENTRY %main (p: bf16[8,128]) -> f32[16,128] {
+  %while.1 = (s32[], bf16[8,128]{1,0}) while(%t), condition=%condition, body=%body
+  %all-gather.1 = f32[16,128]{1,0} all-gather(%y), replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %fusion.4 = f32[16,128]{1,0} fusion(%z), backend_config={"estimated_cycles":"1000"}
+}
+"""
+MESH = {"data": 1, "fsdp": 2, "tensor": 2}
+
+
+def test_loops_count_as_often_as_they_turn():
+    program = read_program(PROGRAM)
+    assert program.cycles == 5 * 170 + 1000
+    found = {t.kind: (t.output_bytes, t.between_cycles, t.times) for t in program.transfers}
+    assert found == {
+        "collective-permute": (2 * 8 * 128, 70, 5),
+        "reduce-scatter": (2 * 4 * 128, 0, 5),
+        "all-gather": (4 * 16 * 128, 0, 1),
+    }
+    (kernel,) = program.kernels
+    assert kernel.times == 5
+    assert kernel.shapes == ((4, 256, 128), (2, 512, 128), (2, 512, 64))
+
+
+def test_collectives_are_told_by_mesh_axis():
+    assert sum_by_axes(read_program(PROGRAM), MESH) == {
+        "tensor": {"collective-permute": 5 * 2048.0},
+        "fsdp": {"reduce-scatter": 5 * 1024.0},
+        "fsdp*tensor": {"all-gather": 8192.0},
+    }
+
+
+def test_seconds_by_hand():
+    """Four chips in a square: two links between neighbours' sides, one to a neighbour."""
+    chip = CHIPS["v6e"]
+    devices = [SimpleNamespace(coords=(i // 2, i % 2, 0), slice_index=0) for i in range(4)]
+    seconds = estimate_seconds(read_program(PROGRAM), Topology("", chip, 1, devices), devices)
+    assert seconds.compute == 1850 / 1.75e9
+    link = 400e9 / 4
+    gather = 8192 * 3 / 4 / (2 * link)
+    hidden = max(0.0, 2048 / link - 70 / 1.75e9)
+    assert seconds.communication == pytest.approx(5 * (hidden + 1024 / link) + gather)
+    # Queries are the last 256 of 512: they see all keys but half of their own.
+    flops = 2 * 4 * 256 * (512 - 128) * (128 + 64)
+    assert seconds.kernels == pytest.approx(5 * flops / (918e12 * KERNEL_EFFICIENCY))
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("source_target_pairs={{0,60},{4,0}}", (0, 60)),
+        ("replica_groups={{0,1,2},{3,4,5}}, use", (0, 1, 2)),
+        ("replica_groups=[2,2]<=[4], dimensions", (0, 1)),
+        ("replica_groups=[4,16]<=[16,4]T(1,0), dim", tuple(range(0, 64, 4))),
+        ("replica_groups=mesh['a'=16,'b'=4] {'a'}, dim", tuple(range(0, 64, 4))),
+        ("replica_groups=mesh['a'=16,'b'=4] {'b'}, dim", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'a'}, d", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        ("all-reduce of nobody", ()),
+    ],
+)
+def test_every_notation_of_groups_is_read(text, group):
+    assert read_group(text) == group
+
+
+def test_axes_of_a_group():
+    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
+    assert axes_of((0, 1), mesh) == "tensor"
+    assert axes_of((0, 2, 4, 6), mesh) == "fsdp"
+    assert axes_of((0, 8), mesh) == "data"
+    assert axes_of((0, 2, 4, 6, 8, 10, 12, 14), mesh) == "data*fsdp"
+    assert axes_of((), mesh) == "none"

@@ -1,0 +1,123 @@
+"""Plans by the TPU compiler itself: one small program, its cache, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rpo_jax import plan as command
+from rpo_jax.config import Mesh
+from rpo_jax.errors import UserError
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.topology import open_topology
+from rpo_jax.training.estimate import local_bytes, plan_step
+from tests.tiny import SHAPE, make_config
+
+pytest.importorskip("libtpu", reason="compiling for TPUs wants libtpu: pip install .[tpu]")
+
+FORMS = {"uint4": 512, "int8": 1024, "bfloat16": 2048, "float32": 4096}
+WIDE = dataclasses.replace(
+    SHAPE,
+    hidden_size=256,
+    intermediate_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    num_hidden_layers=2,
+)
+
+
+def small_run(**changes):
+    """An RPO run of two layers on four chips, by the TPU kernel."""
+    sections = {
+        "model": {"attention": "splash", "compute_dtype": "bfloat16", "remat": "full"},
+        "data": {"prompt_length": 128, "response_length": 64},
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 2},
+        "train": {"batch_rows": 2, "loss_chunk": 128},
+    }
+    for name, values in changes.items():
+        sections[name] = {**sections[name], **values}
+    return make_config("rpo", **sections)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("plans")
+    return cache, plan_step(small_run(), WIDE, open_topology("v6e:2x2"), cache, 1e9)
+
+
+def test_a_small_rpo_step_compiles_for_a_tpu(planned):
+    _, plan = planned
+    assert plan["fits"] and plan["chips"] == 4 and plan["tokens_a_step"] == 2 * 256
+    sizes = plan["hbm_gb"]
+    assert sizes["chip"] == 32.0
+    assert 0 < sizes["total"] < 1
+    # Weights are cut over four chips, but for norms and biases; Adam holds two of each.
+    assert plan["seconds"]["step"] == pytest.approx(
+        sum(v for name, v in plan["seconds"].items() if name != "step"), abs=2e-4
+    )
+    assert plan["seconds"]["compute"] > 0
+    assert {"fsdp", "tensor"} <= set(plan["collectives_gb"])
+    assert "DOES NOT FIT" not in command.format_plan(plan)
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_the_same_program_is_not_compiled_again(planned, monkeypatch):
+    cache, plan = planned
+    stored = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(stored) == 1
+    # Alpha and beta are traced: a sweep over them is one program.
+    swept = dataclasses.replace(small_run(), rpo=dataclasses.replace(small_run().rpo, alpha=0.25))
+    assert plan_step(swept, WIDE, open_topology("v6e:2x2"), cache, 1e9) == plan
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stored
+
+
+def test_four_bits_are_half_a_byte():
+    """A kernel of 64 x 32 over two devices, in the forms that weights are held in."""
+    mesh = make_mesh(Mesh(data=2), jax.devices()[:2])
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    held = {name: jax.ShapeDtypeStruct((64, 32), name, sharding=place) for name in FORMS}
+    assert {name: local_bytes(leaf) for name, leaf in held.items()} == FORMS
+
+
+@pytest.mark.full
+def test_too_large_says_by_how_much(tmp_path):
+    giant = dataclasses.replace(
+        WIDE, hidden_size=8192, intermediate_size=65536, num_hidden_layers=8
+    )
+    plan = plan_step(small_run(), giant, open_topology("v6e:2x2"), tmp_path, 1e9)
+    assert not plan["fits"]
+    assert plan["hbm_gb"]["total"] > 32 and plan["too_large_by_gb"] > 0
+    assert any("chips" in advice for advice in plan["what_would_help"])
+    assert "too large by" in command.format_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v9:2x2", "a chip .* and a shape"),
+        ("v6e", "a chip .* and a shape"),
+        ("v6e:3x5", "topology 'v6e:3x5'"),
+        ("", "--topology is wanted"),
+    ],
+)
+def test_what_is_no_topology_is_refused(name, told):
+    with pytest.raises(UserError, match=told):
+        command.main(small_run(model={"shape": "qwen2.5-0.5b"}), topology=name)
+
+
+def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
+    config = small_run(mesh={"fsdp": 1, "tensor": 4})
+    with pytest.raises(UserError, match=r"2 along 'kv_heads', which tensor=4 does not divide"):
+        plan_step(config, WIDE, open_topology("v6e:2x2"), tmp_path, 1e9)
+    config = small_run(mesh={"data": 1, "fsdp": 2, "tensor": 2})
+    with pytest.raises(UserError, match="wants 4 devices"):
+        plan_step(config, WIDE, open_topology("v6e:4x4"), tmp_path, 1e9)
+
+
+def test_slices_are_joined_along_data(tmp_path):
+    config = small_run(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"batch_rows": 4})
+    with pytest.raises(UserError, match="2 slices are joined along data"):
+        plan_step(config, WIDE, open_topology("2*v6e:2x2"), tmp_path, 1e9)
