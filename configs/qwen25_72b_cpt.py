@@ -1,8 +1,8 @@
 """Stage 1 of the 72B: continued pretraining of all weights on a TPU slice.
 
-The slice is the argument: `--config=configs/qwen25_72b_cpt.py:v6e:8x8`. docs/plans.md has what the
-compiler says of each; `rpo_jax.plan` compiles them again, with your changes.
-Wants the converted model and your own text.
+The slice is the argument: `--config=configs/qwen25_72b_cpt.py:v6e:8x8`. `rpo_jax.plan` has the
+TPU compiler say what each takes. Wants the converted model and
+your own text.
 """
 
 from ml_collections import ConfigDict

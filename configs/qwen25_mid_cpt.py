@@ -1,7 +1,8 @@
 """Between laptop and pod: continued pretraining of the 0.5B, 1.5B and 7B; the size is the argument.
 
-`--config=configs/qwen25_mid_cpt.py:0.5b` fits the one v5e chip of a free Colab, `1.5b` and `7b` one
-host of eight v6e chips. Wants the converted model and your own text. On a GPU, which has no splash:
+`--config=configs/qwen25_mid_cpt.py:0.5b` is meant for the one v5e chip of a free Colab, `1.5b` and
+`7b` for one host of eight v6e chips; `rpo_jax.plan` tells whether they fit. Wants the converted
+model and your own text. On a GPU, which has no splash:
 `--config.model.attention=dense --config.mesh.data=1 --config.mesh.fsdp=-1`.
 """
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import defaults
 
-# Size -> the smallest slice it was compiled for, and for it: fsdp, rows a step, micro-batches.
+# Size -> the slice it is meant for, and for it: fsdp, rows a step, micro-batches.
 SIZES = {
     "0.5b": ("v5e:1x1", 1, 16, 8),
     "1.5b": ("v6e:2x4", 8, 32, 1),
