@@ -84,10 +84,10 @@ class Model:
     scan_layers: bool = option(True, "lower one layer and scan it, or unroll all of them")
     attention: str = option(
         "dense",
-        "implementation: dense holds the scores of a whole row and runs anywhere; splash is the "
-        "TPU kernel, which holds a block; splash_interpreted is the kernel's program step by step "
-        "on a CPU, to check it",
-        choices=("dense", "splash", "splash_interpreted"),
+        "implementation: dense holds the scores of a whole row; blocks those of 128 queries, and "
+        "skips the keys after them; both run anywhere; splash is the TPU kernel, which holds a "
+        "block; splash_interpreted is the kernel's program step by step on a CPU, to check it",
+        choices=("dense", "blocks", "splash", "splash_interpreted"),
     )
     used_vocab_size: int = option(
         0,
@@ -150,9 +150,21 @@ class Data:
     fictional: Fictional = dataclasses.field(default_factory=Fictional)
     igakuqa: Igakuqa = dataclasses.field(default_factory=Igakuqa)
     row_length: int = option(512, "tokens a packed row (cpt)", at_least=8)
-    prompt_length: int = option(384, "prompt slot of a pair row, in tokens (rpo)", at_least=1)
+    prompt_length: int = option(384, "most tokens of a pair's prompt (rpo)", at_least=1)
     response_length: int = option(
-        128, "slot of each response of a pair row, in tokens, its end of text included", at_least=2
+        128, "most tokens of each response of a pair, its end of text included", at_least=2
+    )
+    pairs_per_row: int = option(
+        1,
+        "most pairs in one row, which is as long as the longest pair may be; of a global batch in "
+        "train.micro_batches, those that are left empty are not computed; never changes a number",
+        at_least=1,
+    )
+    row_sizes: int = option(
+        1,
+        "lengths that rows of pairs are computed in: with n, each micro-batch in the least of 1/n, "
+        "2/n, ... 1 of the row that holds it, like with like; never changes a number",
+        at_least=1,
     )
     max_dropped_share: float = option(
         0.01,

@@ -220,8 +220,10 @@ def test_swapped_pair_flips_the_margin(params, rpo_gradients):
         {**r, "chosen_ids": r["rejected_ids"], "rejected_ids": r["chosen_ids"]} for r in records
     ]
     batch, other = pair_batch(records), pair_batch(swapped)
-    chosen, rejected = np.split(batch["reference_logps"], 2, axis=1)
-    other["reference_logps"] = np.concatenate([rejected, chosen], axis=1)
+    for row, (record, logps) in enumerate(zip(records, batch["reference_logps"], strict=True)):
+        count = len(record["chosen_ids"]), len(record["rejected_ids"])
+        chosen, rejected = logps[: count[0]], logps[count[0] : sum(count)]
+        other["reference_logps"][row, : sum(count)] = np.concatenate([rejected, chosen])
     found, flipped = (rpo_gradients(params, b)[1] for b in (batch, other))
     assert abs(found["margin"]) > 0.1
     np.testing.assert_allclose(flipped["margin"], -found["margin"], rtol=1e-5)

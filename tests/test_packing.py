@@ -1,10 +1,13 @@
 """Packing: nothing is lost, nothing is mixed, nearly nothing is padded."""
 
+import functools
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_jax.data.packing import pack, positions_from_segments
+from rpo_jax.data.packing import Size, deal_rows, pack, plan_rows, positions_from_segments
 
 EOS = 1
 
@@ -68,3 +71,39 @@ def test_positions_restart_with_each_segment(segments):
         position = position + 1 if place and segment == segments[place - 1] else 0
         wanted.append(position)
     assert positions_from_segments(np.array(segments, np.int32)).tolist() == wanted
+
+
+PAIR_SIZE = st.builds(Size, st.integers(1, 10), st.integers(1, 6))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(PAIR_SIZE, min_size=1, max_size=12), most=st.integers(1, 4))
+def test_every_pair_has_one_place_in_a_row_that_holds_it(sizes, most):
+    room = Size(10, 6)
+    rows = plan_rows(sizes, room, most)
+    assert sorted(itertools.chain(*rows)) == list(range(len(sizes)))
+    used = [functools.reduce(Size.__add__, (sizes[i] for i in row)) for row in rows]
+    assert all(size.fits(room) for size in used)
+    assert all(1 <= len(row) <= most for row in rows)
+    assert [size.tokens for size in used] == sorted((s.tokens for s in used), reverse=True)
+    if most == 1:
+        assert len(rows) == len(sizes)
+    assert rows == plan_rows(sizes, room, most)
+
+
+def test_short_pairs_share_rows():
+    sizes = [Size(tokens, 1) for tokens in (3, 8, 2, 5, 2)]
+    assert plan_rows(sizes, Size(10, 9), most=3) == [[1, 2], [3, 0, 4]]
+    assert plan_rows(sizes, Size(10, 1), most=3) == [[1], [3], [0], [2], [4]]
+
+
+def test_dealt_rows_come_back_together():
+    rows = [[4], [0, 1], [3], [2]]
+    dealt = deal_rows(rows, count=6, parts=3)
+    assert dealt == [[4], [3], [], [0, 1], [2], []]
+    assert [dealt[part::3] for part in range(3)] == [[[4], [0, 1]], [[3], [2]], [[], []]]
+
+
+def test_fractions_of_a_row():
+    assert Size(10, 4).fractions(3) == (Size(4, 2), Size(7, 3), Size(10, 4))
+    assert Size(10, 4).fractions(1) == (Size(10, 4),)

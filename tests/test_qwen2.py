@@ -66,6 +66,8 @@ def params():
     "changes",
     [
         {"scan_layers": False},
+        {"attention": "blocks"},
+        {"attention": "blocks", "remat": "dots"},
         {"remat": "full"},
         {"remat": "dots"},
         {"remat": "full", "scan_layers": False},

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo_jax.data.packing import pack
-from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED, pair_row, text_row
+from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED, PairLayout, pair_row, text_row
 
 TOKEN = st.integers(1, 50)
 
@@ -36,90 +36,96 @@ def alone(sequence, start):
     return [(tuple(pairs[:place]), pairs[place][0]) for place in range(start, len(pairs))]
 
 
-def test_pair_row_with_shared_prefix_by_hand():
-    row = pair_row(
-        ids(5, 6),
-        ids(7, 2),
-        ids(8, 9, 2),
-        prompt_length=4,
-        response_length=3,
-        share_prefix=True,
-        prompt_targets=True,
-    )
-    assert lists(row) == {
-        "tokens": [5, 6, 0, 0, 7, 2, 0, 8, 9, 2],
-        "segment_ids": [1, 1, 0, 0, 1, 1, 0, 1, 1, 1],
-        "branch_ids": [0, 0, 0, 0, 1, 1, 0, 2, 2, 2],
-        "positions": [0, 1, 0, 0, 2, 3, 0, 2, 3, 4],
-        "target_index": [1, 4, 0, 1, 7, 8, 0, 0, 0],
-        "labels": [7, 2, 0, 8, 9, 2, 6, 0, 0],
-        "target_pair": [0] * 9,
-        "target_side": [CHOSEN] * 3 + [REJECTED] * 3 + [PROMPT] * 3,
-        "target_mask": [1, 1, 0, 1, 1, 1, 1, 0, 0],
+def pair(prompt, chosen, rejected):
+    return {
+        "prompt_ids": ids(*prompt),
+        "chosen_ids": ids(*chosen),
+        "rejected_ids": ids(*rejected),
     }
 
 
-def test_pair_row_with_two_prompts_by_hand():
-    row = pair_row(
-        ids(5, 6), ids(7, 2), ids(8, 9, 2), prompt_length=3, response_length=3, share_prefix=False
-    )
-    assert lists(row) == {
-        "tokens": [5, 6, 0, 7, 2, 0, 5, 6, 0, 8, 9, 2],
-        "segment_ids": [1, 1, 0, 1, 1, 0, 2, 2, 0, 2, 2, 2],
-        "branch_ids": [0] * 12,
-        "positions": [0, 1, 0, 2, 3, 0, 0, 1, 0, 2, 3, 4],
-        "target_index": [1, 3, 0, 7, 9, 10],
-        "labels": [7, 2, 0, 8, 9, 2],
-        "target_pair": [0] * 6,
-        "target_side": [CHOSEN] * 3 + [REJECTED] * 3,
-        "target_mask": [1, 1, 0, 1, 1, 1],
+TWO = [pair([5, 6], [7, 2], [8, 9, 2]), pair([3], [4, 2], [2])]
+
+
+def test_pairs_with_shared_prefixes_by_hand():
+    layout = PairLayout(4, 4, share_prefix=True, prompt_targets=True)
+    assert lists(pair_row(TWO, layout)) == {
+        "tokens": [5, 6, 7, 2, 8, 9, 2, 3, 4, 2, 2, 0],
+        "segment_ids": [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0],
+        "branch_ids": [0, 0, 1, 1, 2, 2, 2, 0, 1, 1, 2, 0],
+        "positions": [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 0],
+        "target_index": [1, 2, 1, 4, 5, 0, 7, 8, 7, 0, 0],
+        "labels": [7, 2, 8, 9, 2, 6, 4, 2, 2, 0, 0],
+        "target_pair": [0] * 6 + [1] * 3 + [0] * 2,
+        "target_side": [CHOSEN] * 2 + [REJECTED] * 3 + [PROMPT] + [CHOSEN] * 2 + [REJECTED, 0, 0],
+        "target_mask": [1] * 9 + [0] * 2,
     }
+
+
+def test_pairs_with_two_prompts_by_hand():
+    layout = PairLayout(4, 4, share_prefix=False)
+    assert lists(pair_row(TWO, layout)) == {
+        "tokens": [5, 6, 7, 2, 5, 6, 8, 9, 2, 3, 4, 2, 3, 2, 0, 0],
+        "segment_ids": [1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 0, 0],
+        "branch_ids": [0] * 16,
+        "positions": [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 0],
+        "target_index": [1, 2, 5, 6, 7, 9, 10, 12],
+        "labels": [7, 2, 8, 9, 2, 4, 2, 2],
+        "target_pair": [0] * 5 + [1] * 3,
+        "target_side": [CHOSEN] * 2 + [REJECTED] * 3 + [CHOSEN] * 2 + [REJECTED],
+        "target_mask": [1] * 8,
+    }
+
+
+def test_stored_log_probs_lie_where_the_targets_lie():
+    records = [{**r, "reference_logps": np.float32([-1, -2, -3, -4, -5, 0, 0])} for r in TWO]
+    row = pair_row(records, PairLayout(4, 4))
+    assert row["reference_logps"].dtype == np.float32
+    assert row["reference_logps"].tolist() == [-1, -2, -3, -4, -5, -1, -2, -3]
+
+
+SEQUENCE = st.lists(TOKEN, min_size=1, max_size=4)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    prompt=st.lists(TOKEN, min_size=1, max_size=5),
-    chosen=st.lists(TOKEN, min_size=1, max_size=4),
-    rejected=st.lists(TOKEN, min_size=1, max_size=4),
+    records=st.lists(st.tuples(SEQUENCE, SEQUENCE, SEQUENCE), min_size=1, max_size=3),
     share_prefix=st.booleans(),
     prompt_targets=st.booleans(),
 )
-def test_targets_see_what_they_would_see_alone(
-    prompt, chosen, rejected, share_prefix, prompt_targets
-):
-    row = pair_row(
-        ids(*prompt),
-        ids(*chosen),
-        ids(*rejected),
-        prompt_length=5,
-        response_length=4,
-        share_prefix=share_prefix,
-        prompt_targets=prompt_targets,
-    )
-    wanted = {
-        CHOSEN: alone(prompt + chosen, len(prompt)),
-        REJECTED: alone(prompt + rejected, len(prompt)),
-        PROMPT: alone(prompt, 1) if prompt_targets else [],
-    }
-    for side, targets in wanted.items():
-        chosen_targets = np.flatnonzero((row["target_side"] == side) & (row["target_mask"] == 1))
-        assert [
-            (visible(row, row["target_index"][m]), int(row["labels"][m])) for m in chosen_targets
-        ] == targets
-    assert row["target_mask"].sum() == sum(map(len, wanted.values()))
-    assert len(row["tokens"]) == (5 + 2 * 4 if share_prefix else 2 * (5 + 4))
-    assert len(row["labels"]) == 2 * 4 + (4 if prompt_targets else 0)
+def test_targets_see_what_they_would_see_alone(records, share_prefix, prompt_targets):
+    layout = PairLayout(12, 12, share_prefix, prompt_targets)
+    row = pair_row([pair(*record) for record in records], layout)
+    count = 0
+    for place, (prompt, chosen, rejected) in enumerate(records):
+        wanted = {
+            CHOSEN: alone(prompt + chosen, len(prompt)),
+            REJECTED: alone(prompt + rejected, len(prompt)),
+            PROMPT: alone(prompt, 1) if prompt_targets else [],
+        }
+        for side, targets in wanted.items():
+            is_own = (row["target_side"] == side) & (row["target_pair"] == place)
+            own = np.flatnonzero(is_own & (row["target_mask"] == 1))
+            assert [
+                (visible(row, row["target_index"][m]), int(row["labels"][m])) for m in own
+            ] == targets
+            count += len(targets)
+    assert row["target_mask"].sum() == count
+    size = layout.row_size
+    assert len(row["tokens"]) == size.tokens == (12 + 2 * 12 if share_prefix else 2 * (12 + 12))
+    assert len(row["labels"]) == size.targets == 2 * 12 + (11 if prompt_targets else 0)
     assert not row["tokens"][row["segment_ids"] == 0].any()
     assert all(value.dtype == np.int32 for value in row.values())
+    sizes = [layout.pair_size(pair(*record)) for record in records]
+    assert sum(size.tokens for size in sizes) == (row["segment_ids"] > 0).sum()
+    assert sum(size.targets for size in sizes) == count
 
 
-def test_a_target_out_of_its_slot_is_a_bug_not_a_cut():
+def test_a_target_out_of_its_row_is_a_bug_not_a_cut():
     with pytest.raises(AssertionError):
-        pair_row(
-            ids(1), ids(1, 2, 3), ids(4), prompt_length=1, response_length=2, share_prefix=True
-        )
+        pair_row([pair([1], [1, 2, 3], [4])], PairLayout(1, 1))
     with pytest.raises(AssertionError):
-        pair_row(ids(1), ids(), ids(4), prompt_length=1, response_length=2, share_prefix=True)
+        pair_row([pair([1], [], [4])], PairLayout(1, 2))
 
 
 def test_text_row_by_hand():

@@ -1,7 +1,6 @@
 """Small networks and batches that several tests share."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 from rpo_jax.config import Config, Train
 from rpo_jax.config import Mesh as MeshConfig
-from rpo_jax.data.rows import pair_row, text_row
+from rpo_jax.data.rows import PairLayout, pair_row, text_row
 from rpo_jax.model.qwen2 import Network
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.mesh import make_mesh
@@ -79,7 +78,7 @@ def pairs(count: int = 8, seed: int = 0) -> list[dict[str, np.ndarray]]:
 def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Rows to a batch with record indices."""
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return batch | {"record_index": np.arange(len(rows), dtype=np.int32)}
+    return batch | {"record_index": np.arange(len(rows), dtype=np.int32)[:, None]}
 
 
 def pair_batch(
@@ -89,14 +88,8 @@ def pair_batch(
     reference: bool = True,
 ) -> dict[str, np.ndarray]:
     """A batch of pair rows, with a made-up reference."""
-    make = partial(
-        pair_row,
-        prompt_length=PROMPT_LENGTH,
-        response_length=RESPONSE_LENGTH,
-        share_prefix=share_prefix,
-        prompt_targets=prompt_targets,
-    )
-    batch = stack([make(**record) for record in records])
+    layout = PairLayout(PROMPT_LENGTH, RESPONSE_LENGTH, share_prefix, prompt_targets)
+    batch = stack([pair_row([record], layout) for record in records])
     if reference:
         rng = np.random.default_rng(1)
         made_up = rng.normal(-4, 1, batch["labels"].shape) * batch["target_mask"]

@@ -7,13 +7,15 @@ import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-MakeRow = Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+Record = Mapping[str, Any]
+MakeRow = Callable[[Sequence[Record]], Batch]
+Arrange = Callable[[Sequence[Record]], list[list[int]]]
 
 _NO_END = 1 << 53  # rows; grain counts batches in float64
 
 
 def make_batches(
-    source: Sequence[Mapping[str, Any]],
+    source: Sequence[Record],
     make_row: MakeRow,
     *,
     batch_rows: int,
@@ -22,6 +24,8 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    arrange: Arrange | None = None,
+    row_records: int = 1,
 ) -> Iterator[Batch]:
     """Training batches without end.
 
@@ -31,17 +35,21 @@ def make_batches(
 
     Args:
         source: records by index.
-        make_row: a record to arrays whose shapes do not depend on the record.
-        batch_rows: rows of the global batch, a multiple of `process_count`.
+        make_row: the records of a row to arrays whose shapes do not depend on them.
+        batch_rows: records, and rows, of the global batch; a multiple of `process_count`.
         seed: of the permutations.
         start_step: the first global step to yield.
         process_index: this process.
         process_count: all processes.
         threads: that read and make rows ahead of need.
+        arrange: the records of a global batch to their places in each of its rows, `batch_rows`
+            lists; None: each has the row of its own place. With it every process reads them all.
+        row_records: most records of a row.
 
     Returns:
-        The rows of this process, stacked: [batch_rows / process_count, ...]; `record_index`, int32,
-        tells which record a row is.
+        The rows of this process, stacked: [batch_rows / process_count, ...]; `record_index`, int32
+        [rows, row_records], tells which records a row holds, -1 none. A row without any is all
+        zeros: every token padding, every target masked.
     """
     assert batch_rows % process_count == 0, (batch_rows, process_count)
     local_rows = batch_rows // process_count
@@ -51,13 +59,34 @@ def make_batches(
         step, row = divmod(local_place, local_rows)
         return _row(source, make_row, order[step * batch_rows + process_index * local_rows + row])
 
-    places = grain.MapDataset.range(start_step * local_rows, _NO_END)
+    def batch_at(step: int) -> Batch:
+        assert arrange is not None
+        indices = [order[step * batch_rows + place] for place in range(batch_rows)]
+        records = [source[index] for index in indices]
+        rows = arrange(records)
+        own = rows[process_index * local_rows :][:local_rows]
+        made = [
+            {
+                **make_row([records[place] for place in row]),
+                "record_index": _indices([indices[place] for place in row], row_records),
+            }
+            for row in own
+            if row
+        ]
+        filler = _filler(made[0] if made else _row(source, make_row, indices[0]), row_records)
+        full = iter(made)
+        return _stack([next(full) if row else filler for row in own])
+
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * local_rows)
-    return iter(places.map(row_at).batch(local_rows).to_iter_dataset(options))
+    if arrange is None:
+        places = grain.MapDataset.range(start_step * local_rows, _NO_END)
+        return iter(places.map(row_at).batch(local_rows).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return iter(grain.MapDataset.range(start_step, _NO_END).map(batch_at).to_iter_dataset(options))
 
 
 def iterate_once(
-    source: Sequence[Mapping[str, Any]],
+    source: Sequence[Record],
     make_row: MakeRow,
     *,
     batch_rows: int,
@@ -65,7 +94,7 @@ def iterate_once(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every record once, in order, in batches of one shape.
+    """Every record once, in order, a row each, in batches of one shape.
 
     Args:
         source: records by index; at least one.
@@ -76,22 +105,33 @@ def iterate_once(
         process_count: all processes.
 
     Yields:
-        Batches as `make_batches` does. Rows that fill up the last one are all zeros (every token
-        padding, every target masked) with `record_index` -1.
+        Batches as `make_batches` does, the last one filled up with empty rows.
     """
     assert batch_rows % process_count == 0, (batch_rows, process_count)
     local_rows = batch_rows // process_count
     count = min(limit or len(source), len(source))
-    filler = {name: np.zeros_like(value) for name, value in _row(source, make_row, 0).items()}
-    filler["record_index"] = np.array(-1, np.int32)
+    filler = _filler(_row(source, make_row, 0), 1)
     for start in range(process_index * local_rows, _round_up(count, batch_rows), batch_rows):
         places = range(start, start + local_rows)
-        rows = [_row(source, make_row, i) if i < count else filler for i in places]
-        yield {name: np.stack([row[name] for row in rows]) for name in filler}
+        yield _stack([_row(source, make_row, i) if i < count else filler for i in places])
 
 
-def _row(source: Sequence[Mapping[str, Any]], make_row: MakeRow, index: int) -> Batch:
-    return {**make_row(source[index]), "record_index": np.array(index, np.int32)}
+def _row(source: Sequence[Record], make_row: MakeRow, index: int) -> Batch:
+    return {**make_row([source[index]]), "record_index": _indices([index], 1)}
+
+
+def _filler(row: Batch, most: int) -> Batch:
+    """An empty row in the form of another."""
+    empty = {name: np.zeros_like(value) for name, value in row.items()}
+    return empty | {"record_index": _indices([], most)}
+
+
+def _indices(indices: list[int], most: int) -> np.ndarray:
+    return np.array(indices + [-1] * (most - len(indices)), np.int32)
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _round_up(count: int, multiple: int) -> int:

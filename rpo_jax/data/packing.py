@@ -1,6 +1,7 @@
-"""Documents to rows of one length: concatenate, then cut."""
+"""Rows filled without waste: documents are cut where a row ends, pairs are kept whole."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
@@ -46,3 +47,67 @@ def positions_from_segments(segment_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray
     is_start = np.ones(len(segment_ids), bool)
     is_start[1:] = segment_ids[1:] != segment_ids[:-1]
     return index - np.maximum.accumulate(np.where(is_start, index, 0))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a pair, or of a row."""
+
+    tokens: int
+    targets: int
+
+    def __add__(self, other: "Size") -> "Size":
+        """Of both together."""
+        return Size(self.tokens + other.tokens, self.targets + other.targets)
+
+    def fits(self, room: "Size") -> bool:
+        """Whether it has its place in there."""
+        return self.tokens <= room.tokens and self.targets <= room.targets
+
+    def fractions(self, count: int) -> "tuple[Size, ...]":
+        """1/count of it, 2/count, ... all of it, rounded up."""
+        return tuple(
+            Size(-(-self.tokens * k // count), -(-self.targets * k // count))
+            for k in range(1, count + 1)
+        )
+
+
+def plan_rows(sizes: Sequence[Size], row_size: Size, most: int) -> list[list[int]]:
+    """Which pairs share a row: the longest first, each into the first row that has room for it.
+
+    Args:
+        sizes: of the pairs; each fits into a row.
+        row_size: of a row.
+        most: pairs in a row.
+
+    Returns:
+        The places of the pairs of each row, the fullest row first; at most as many rows as pairs.
+    """
+    rows: list[list[int]] = []
+    used: list[Size] = []
+    for pair in sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens):
+        for row, full in enumerate(used):
+            if len(rows[row]) < most and (full + sizes[pair]).fits(row_size):
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            used.append(Size(0, 0))
+        rows[row].append(pair)
+        used[row] += sizes[pair]
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: -used[i].tokens)]
+
+
+def deal_rows(rows: Sequence[list[int]], count: int, parts: int) -> list[list[int]]:
+    """Rows to the places of a batch, so that rows next to each other come into one part of it.
+
+    Args:
+        rows: at most `count`; places left over stay empty.
+        count: rows of the batch.
+        parts: the micro-batches; part i has every parts-th row from i on.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for i, row in enumerate(rows):
+        part, place = divmod(i, count // parts)
+        dealt[place * parts + part] = row
+    return dealt

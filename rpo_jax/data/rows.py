@@ -1,21 +1,33 @@
-"""Row layouts: how a record becomes the arrays that a model and a loss read.
+"""Row layouts: how records become the arrays that a model and a loss read.
 
 A row holds `tokens`, `segment_ids`, `branch_ids` and `positions`, all int32 [T]. A query attends to
 the keys of its own segment that stand no later in the row and whose branch is 0 or its own; segment
 0 is padding. The targets say which tokens are predicted from where, and are what losses sum over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from rpo_jax.data.packing import positions_from_segments
+from rpo_jax.data.packing import Size, positions_from_segments
 
 Row = dict[str, np.ndarray]
 Ids = Int[np.ndarray, "..."]
 
 CHOSEN, REJECTED, PROMPT = 0, 1, 2  # values of `target_side`
+
+TOKEN_ARRAYS = ("tokens", "segment_ids", "branch_ids", "positions")
+TARGET_ARRAYS = (
+    "target_index",
+    "labels",
+    "target_pair",
+    "target_side",
+    "target_mask",
+    "reference_logps",
+)
 
 
 def text_row(record: Mapping[str, Ids]) -> Row:
@@ -46,83 +58,118 @@ def text_row(record: Mapping[str, Ids]) -> Row:
     }
 
 
-def pair_row(
-    prompt_ids: Ids,
-    chosen_ids: Ids,
-    rejected_ids: Ids,
-    *,
-    prompt_length: int,
-    response_length: int,
-    share_prefix: bool,
-    prompt_targets: bool = False,
-) -> Row:
-    """One preference pair as one row of static slots, with its targets.
+@dataclass(frozen=True)
+class PairLayout:
+    """How preference pairs lie in a row.
 
-    With P = prompt_length and R = response_length the slots are, shared, prompt | chosen | rejected
-    (T = P + 2R, one segment, branches 0, 1, 2) or, not shared, prompt | chosen | prompt | rejected
-    (T = 2(P + R), segments 1 and 2, branch 0). Either way both responses see the prompt and
-    themselves, and their positions start where the prompt's end: the two layouts give one result.
+    A pair is prompt, chosen, rejected (one segment, branches 0, 1, 2) where the prefix is shared,
+    and prompt, chosen, prompt, rejected (two segments, branch 0) where it is not. Either way both
+    responses see the prompt and themselves, and their positions start where the prompt's end: the
+    two layouts give one result. Pairs stand one after the other; the rest of a row is padding.
 
-    The targets [M] come in the order chosen (R), rejected (R), prompt (P - 1, only with
-    `prompt_targets`), each slot padded by `target_mask` = 0. The last prompt token predicts the
-    first token of both responses, so its row index occurs twice. Prompt tokens are predicted once,
-    all but the first.
+    Attributes:
+        prompt_length: most tokens of a prompt.
+        response_length: most tokens of a response, its end of text included.
+        share_prefix: whether one copy of the prompt serves both responses.
+        prompt_targets: whether the prompt's own tokens are targets too.
+    """
+
+    prompt_length: int
+    response_length: int
+    share_prefix: bool = True
+    prompt_targets: bool = False
+
+    @property
+    def row_size(self) -> Size:
+        """Of a row: it holds the longest pair there may be."""
+        return self._size(self.prompt_length, self.response_length, self.response_length)
+
+    def pair_size(self, record: Mapping[str, Ids]) -> Size:
+        """What a pair takes of a row."""
+        return self._size(*(len(record[f"{x}_ids"]) for x in ("prompt", "chosen", "rejected")))
+
+    def _size(self, prompt: int, chosen: int, rejected: int) -> Size:
+        return Size(
+            tokens=prompt * (1 if self.share_prefix else 2) + chosen + rejected,
+            targets=chosen + rejected + (prompt - 1 if self.prompt_targets else 0),
+        )
+
+
+def pair_row(records: Sequence[Mapping[str, Any]], layout: PairLayout) -> Row:
+    """Preference pairs as one row, with its targets.
+
+    The targets of a pair come in the order chosen, rejected, prompt (all but its first token, only
+    with `prompt_targets`). The last prompt token predicts the first token of both responses: where
+    the prefix is shared, its index occurs twice.
 
     Args:
-        prompt_ids: at least one token, at most P.
-        chosen_ids: at least one token, at most R, its end of text included.
-        rejected_ids: likewise.
-        prompt_length: P, tokens.
-        response_length: R, tokens.
-        share_prefix: which layout.
-        prompt_targets: whether the prompt's own tokens are targets too.
+        records: `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair, all with a token at
+            least; optionally `reference_logps`, a number a target, and after them whatever.
+        layout: of the row, which must hold them.
 
     Returns:
         int32 arrays. [T]: tokens, segment_ids, branch_ids, positions. [M]: target_index (row index
-        of the hidden state), labels (token it predicts), target_pair (slot of the pair in the row:
-        0), target_side (CHOSEN, REJECTED or PROMPT), target_mask.
+        of the hidden state), labels (token it predicts), target_pair (place of the pair in the
+        row), target_side (CHOSEN, REJECTED or PROMPT), target_mask; padding is 0. Where records
+        have them also reference_logps, float32 [M].
     """
-    n, responses = len(prompt_ids), (chosen_ids, rejected_ids)
-    assert 1 <= n <= prompt_length, (n, prompt_length)
-    assert all(1 <= len(ids) <= response_length for ids in responses), [len(r) for r in responses]
-    chosen_at = prompt_length
-    rejected_at = prompt_length + response_length + (0 if share_prefix else prompt_length)
-    prompts_at = [0] if share_prefix else [0, prompt_length + response_length]
-
-    row = {
-        name: np.zeros(rejected_at + response_length, np.int32)
-        for name in ("tokens", "segment_ids", "branch_ids", "positions")
+    tokens, segments, pairs = 0, 0, []
+    for place, record in enumerate(records):
+        pair = _make_pair(record, layout)
+        pair["target_pair"] = np.full_like(pair["labels"], place)
+        pair["target_index"] += tokens
+        pair["segment_ids"] += segments
+        tokens, segments = tokens + len(pair["tokens"]), int(pair["segment_ids"].max())
+        pairs.append(pair)
+    size = layout.row_size
+    return {
+        name: _join([pair[name] for pair in pairs], length)
+        for names, length in ((TOKEN_ARRAYS, size.tokens), (TARGET_ARRAYS, size.targets))
+        for name in names
+        if name in pairs[0]
     }
-    target_count = 2 * response_length + (prompt_length - 1 if prompt_targets else 0)
-    targets = {
-        name: np.zeros(target_count, np.int32)
-        for name in ("target_index", "labels", "target_pair", "target_side", "target_mask")
+
+
+def _make_pair(record: Mapping[str, Any], layout: PairLayout) -> Row:
+    """A pair in a row of its own, without padding."""
+    prompt, chosen, rejected = (record[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+    assert min(len(prompt), len(chosen), len(rejected)) >= 1, "checked when records are made"
+    n, chosen_end = len(prompt), len(prompt) + len(chosen)
+    # Ids, segment, branch and first position of each part.
+    if layout.share_prefix:
+        parts = [(prompt, 1, 0, 0), (chosen, 1, 1, n), (rejected, 1, 2, n)]
+        rejected_at, last_prompt = chosen_end, n - 1
+    else:
+        parts = [(prompt, 1, 0, 0), (chosen, 1, 0, n), (prompt, 2, 0, 0), (rejected, 2, 0, n)]
+        rejected_at, last_prompt = chosen_end + n, chosen_end + n - 1
+    # Side, labels, and where each is predicted.
+    targets = [
+        (CHOSEN, chosen, [n - 1, *range(n, chosen_end - 1)]),
+        (REJECTED, rejected, [last_prompt, *range(rejected_at, rejected_at + len(rejected) - 1)]),
+    ]
+    if layout.prompt_targets:
+        targets.append((PROMPT, prompt[1:], list(range(n - 1))))
+
+    def join(arrays: list[Any]) -> np.ndarray:
+        return np.concatenate(arrays).astype(np.int32)
+
+    pair = {
+        "tokens": join([ids for ids, *_ in parts]),
+        "segment_ids": join([np.full(len(ids), segment) for ids, segment, _, _ in parts]),
+        "branch_ids": join([np.full(len(ids), branch) for ids, _, branch, _ in parts]),
+        "positions": join([start + np.arange(len(ids)) for ids, _, _, start in parts]),
+        "labels": join([labels for _, labels, _ in targets]),
+        "target_index": join([index for _, _, index in targets]),
+        "target_side": join([np.full(len(labels), side) for side, labels, _ in targets]),
     }
+    pair["target_mask"] = np.ones_like(pair["labels"])
+    if "reference_logps" in record:
+        pair["reference_logps"] = record["reference_logps"][: len(pair["labels"])]
+    return pair
 
-    def place(at: int, ids: Ids, segment: int, branch: int, position: int) -> None:
-        slot = slice(at, at + len(ids))
-        row["tokens"][slot] = ids
-        row["segment_ids"][slot] = segment
-        row["branch_ids"][slot] = branch
-        row["positions"][slot] = np.arange(position, position + len(ids))
 
-    def predict(at: int, ids: Ids, index: Ids) -> None:
-        slot = slice(at, at + len(ids))
-        targets["target_index"][slot] = index
-        targets["labels"][slot] = ids
-        targets["target_mask"][slot] = 1
-
-    for segment, at in enumerate(prompts_at, start=1):
-        place(at, prompt_ids, segment, 0, 0)
-    for side, (at, ids) in enumerate(zip((chosen_at, rejected_at), responses, strict=True)):
-        place(at, ids, 1 if share_prefix else 1 + side, 1 + side if share_prefix else 0, n)
-        last_prompt = n - 1 if share_prefix else prompts_at[side] + n - 1
-        index = np.concatenate([[last_prompt], np.arange(at, at + len(ids) - 1)])
-        predict(side * response_length, ids, index)
-    if prompt_targets:
-        predict(2 * response_length, prompt_ids[1:], np.arange(n - 1))
-    sides = [CHOSEN] * response_length + [REJECTED] * response_length
-    targets["target_side"][:] = np.pad(
-        sides, (0, target_count - len(sides)), constant_values=PROMPT
-    )
-    return row | targets
+def _join(arrays: list[np.ndarray], length: int) -> np.ndarray:
+    """The arrays one after the other, filled up with zeros."""
+    joined = np.concatenate(arrays)
+    assert len(joined) <= length, (len(joined), length)
+    return np.pad(joined, (0, length - len(joined)))

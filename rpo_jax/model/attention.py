@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rpo_jax.model.blocks import attend_blocks, cut_mask
 from rpo_jax.model.splash import splash_attend
 
 # Queries, keys and values of a layer -> its output, and what a caller wants kept of it.
@@ -68,14 +69,17 @@ def make_attend(
     """How queries meet keys in rows that are read whole, by `model.attention` of the config.
 
     Args:
-        implementation: dense, splash or splash_interpreted.
+        implementation: dense, blocks, splash or splash_interpreted.
         segment_ids_BT: as in `visible`.
         branch_ids_BT: as in `visible`; None: all tokens are on the trunk.
     """
-    if implementation == "dense":
+    if implementation in ("dense", "blocks"):
         trunk_BT = jnp.zeros_like(segment_ids_BT)
         branch_ids_BT = trunk_BT if branch_ids_BT is None else branch_ids_BT
-        return partial(attend, visible_BTS=visible(segment_ids_BT, branch_ids_BT))
+        visible_BTT = visible(segment_ids_BT, branch_ids_BT)
+        if implementation == "dense":
+            return partial(attend, visible_BTS=visible_BTT)
+        return partial(attend_blocks, masks=cut_mask(visible_BTT))
     return partial(
         splash_attend,
         segment_ids_BT=segment_ids_BT,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from rpo_jax.config import Lora
 from rpo_jax.config import Model as ModelConfig
+from rpo_jax.model import blocks
 from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
 from rpo_jax.model.lora import (
     adapt,
@@ -35,7 +36,10 @@ Params = dict[str, Any]
 
 _REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(blocks.OUTPUT),
+    ),
 }
 
 

@@ -50,7 +50,9 @@ def make_term_gradients(work: Workload) -> Callable[..., dict[str, Array]]:
 
     def measure(trained: Params, frozen: Params, hyper: Hyper, batch: Batch) -> dict[str, Array]:
         grads = {
-            name: compute_gradients(alone(name), micro_batches, trained, frozen, hyper, batch)[0]
+            name: compute_gradients(
+                alone(name), micro_batches, trained, frozen, hyper, batch, work.row_sizes
+            )[0]
             for name in names
         }
         norms = {name: optax.tree.norm(grad) for name, grad in grads.items()}

@@ -134,8 +134,8 @@ def _flush(
         if not metrics["finite"]:
             raise UserError(
                 f"step {step}: loss {scalars['loss']} with gradient norm {scalars['grad_norm']} on "
-                f"records {records.tolist()}; the step was refused, the last checkpoint is whole. "
-                "Look at these records, or lower optim.learning_rate"
+                f"records {records[records >= 0].tolist()}; the step was refused, the last "
+                "checkpoint is whole. Look at these records, or lower optim.learning_rate"
             )
         newest = scalars | (rates if step == pending[-1][0] else {})
         log.write(step, newest)

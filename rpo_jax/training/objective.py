@@ -99,11 +99,14 @@ def make_cpt_objective(network: Network, how: Projection) -> Objective:
     return Objective(sums, counts, lambda means, hyper: means["nll"])
 
 
-def make_rpo_objective(network: Network, config: RpoConfig, how: Projection) -> Objective:
+def make_rpo_objective(
+    network: Network, config: RpoConfig, how: Projection, pairs_per_row: int = 1
+) -> Objective:
     """RPO on pair rows, or one of its relatives: see `rpo_jax.losses.preference`.
 
     Where the loss has a reference, `batch["reference_logps"]` are its log-probabilities, a token
-    each, float32; margins and log-ratios are then measured too.
+    each, float32; margins and log-ratios are then measured too. N counts the places for pairs: B
+    times those of a row.
     """
     with_prompt = config.nll_tokens == "prompt+completion"
 
@@ -112,49 +115,58 @@ def make_rpo_objective(network: Network, config: RpoConfig, how: Projection) -> 
         trained = (side_BM == CHOSEN) | (side_BM == PROMPT) if with_prompt else side_BM == CHOSEN
         return trained * batch["target_mask"]
 
+    def sum_by_pair(values_BM: Array, batch: Batch) -> Float[Array, "N"]:
+        slots: Int[Array, "slots"] = jnp.arange(pairs_per_row)
+        is_own = batch["target_pair"][..., None] == slots
+        return jnp.sum(values_BM[..., None] * is_own, axis=1, dtype=jnp.float32).ravel()
+
+    def sum_by_side(values_BM: Array, batch: Batch) -> Float[Array, "N P"]:
+        sides = (values_BM * (batch["target_side"] == side) for side in (CHOSEN, REJECTED))
+        return jnp.stack([sum_by_pair(side_BM, batch) for side_BM in sides], axis=1)
+
     def counts(batch: Batch) -> Counts:
-        length_BP = _sum_by_side(batch["target_mask"], batch)
+        length_NP = sum_by_side(batch["target_mask"], batch)
         return {
-            "pairs": jnp.sum(length_BP[:, CHOSEN] > 0, dtype=jnp.float32),
+            "pairs": jnp.sum(length_NP[:, CHOSEN] > 0, dtype=jnp.float32),
             "nll_tokens": jnp.sum(in_nll(batch), dtype=jnp.float32),
         }
 
     def sums(params: Params, batch: Batch, hyper: Hyper) -> Sums:
         logps_BM = target_logps(network, params, batch, how)
-        length_BP = jnp.maximum(_sum_by_side(batch["target_mask"], batch), 1)
-        logp_BP = _sum_by_side(logps_BM, batch)
+        length_NP = jnp.maximum(sum_by_side(batch["target_mask"], batch), 1)
+        logp_NP = sum_by_side(logps_BM, batch)
         per_pair = {
-            "preference_accuracy": logp_BP[:, CHOSEN] > logp_BP[:, REJECTED],
-            "chosen_logp": logp_BP[:, CHOSEN],
-            "rejected_logp": logp_BP[:, REJECTED],
+            "preference_accuracy": logp_NP[:, CHOSEN] > logp_NP[:, REJECTED],
+            "chosen_logp": logp_NP[:, CHOSEN],
+            "rejected_logp": logp_NP[:, REJECTED],
         }
         if config.has_reference:
             reference_BM = batch["reference_logps"] * batch["target_mask"]
-            ratio_BP = _sum_by_side(logps_BM - reference_BM, batch)
-            margin_B = ratio_BP[:, CHOSEN] - ratio_BP[:, REJECTED]
+            ratio_NP = sum_by_side(logps_BM - reference_BM, batch)
+            margin_N = ratio_NP[:, CHOSEN] - ratio_NP[:, REJECTED]
             per_pair |= {
-                "margin": margin_B,
-                "chosen_log_ratio": ratio_BP[:, CHOSEN],
-                "rejected_log_ratio": ratio_BP[:, REJECTED],
-                "reward_accuracy": (margin_B > 0) + 0.5 * (margin_B == 0),
+                "margin": margin_N,
+                "chosen_log_ratio": ratio_NP[:, CHOSEN],
+                "rejected_log_ratio": ratio_NP[:, REJECTED],
+                "reward_accuracy": (margin_N > 0) + 0.5 * (margin_N == 0),
             }
-            compared_BP = ratio_BP / length_BP if config.length_normalised else ratio_BP
+            compared_NP = ratio_NP / length_NP if config.length_normalised else ratio_NP
         else:
-            compared_BP = logp_BP / length_BP
+            compared_NP = logp_NP / length_NP
         if config.preference != "none":
-            per_pair[config.preference] = _preference_term(config.preference, compared_BP, hyper)
+            per_pair[config.preference] = _preference_term(config.preference, compared_NP, hyper)
 
         nll_mask_BM = in_nll(batch)
-        nll_logp_B = jnp.sum(logps_BM * nll_mask_BM, axis=1)
+        nll_logp_N = sum_by_pair(logps_BM * nll_mask_BM, batch)
         per_token = {}
         if config.nll_norm == "batch_tokens":
-            per_token["nll"] = -nll_logp_B
+            per_token["nll"] = -nll_logp_N
         else:
-            per_pair["nll"] = sequence_nll(nll_logp_B, jnp.sum(nll_mask_BM, axis=1))
-        exists_B = _sum_by_side(batch["target_mask"], batch)[:, CHOSEN] > 0
+            per_pair["nll"] = sequence_nll(nll_logp_N, sum_by_pair(nll_mask_BM, batch))
+        exists_N = sum_by_side(batch["target_mask"], batch)[:, CHOSEN] > 0
         return {
-            "pairs": {name: jnp.sum(value_B * exists_B) for name, value_B in per_pair.items()},
-            "nll_tokens": {name: jnp.sum(value_B) for name, value_B in per_token.items()},
+            "pairs": {name: jnp.sum(value_N * exists_N) for name, value_N in per_pair.items()},
+            "nll_tokens": {name: jnp.sum(value_N) for name, value_N in per_token.items()},
         }
 
     def loss(means: Mapping[str, Any], hyper: Mapping[str, Any]) -> Any:
@@ -164,29 +176,22 @@ def make_rpo_objective(network: Network, config: RpoConfig, how: Projection) -> 
 
 
 def _preference_term(
-    name: str, compared_BP: Float[Array, "B P"], hyper: Hyper
-) -> Float[Array, "B"]:
+    name: str, compared_NP: Float[Array, "N P"], hyper: Hyper
+) -> Float[Array, "N"]:
     """The preference loss of each pair from what it compares.
 
     That is a log-ratio to the reference (dpo, ipo) or a mean log-probability a token (simpo, orpo).
     """
-    chosen_B, rejected_B = compared_BP[:, CHOSEN], compared_BP[:, REJECTED]
+    chosen_N, rejected_N = compared_NP[:, CHOSEN], compared_NP[:, REJECTED]
     beta = hyper["beta"]
     if name == "dpo":
-        return dpo(chosen_B - rejected_B, beta, hyper["label_smoothing"])
+        return dpo(chosen_N - rejected_N, beta, hyper["label_smoothing"])
     if name == "ipo":
-        return ipo(chosen_B - rejected_B, beta)
+        return ipo(chosen_N - rejected_N, beta)
     if name == "simpo":
-        return simpo(chosen_B, rejected_B, beta, hyper["gamma"])
+        return simpo(chosen_N, rejected_N, beta, hyper["gamma"])
     assert name == "orpo", name
-    return beta * orpo(chosen_B, rejected_B)
-
-
-def _sum_by_side(values_BM: Array, batch: Batch) -> Float[Array, "B P"]:
-    """Sums over the targets of the chosen and of the rejected response of each row."""
-    sides: Int[Array, "P"] = jnp.array([CHOSEN, REJECTED])
-    is_side_BMP = batch["target_side"][..., None] == sides
-    return jnp.sum(values_BM[..., None] * is_side_BMP, axis=1, dtype=jnp.float32)
+    return beta * orpo(chosen_N, rejected_N)
 
 
 def make_hyper(rpo_config: RpoConfig, learning_rate: float) -> Hyper:

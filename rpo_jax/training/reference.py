@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def compute_reference(
 
     Args:
         score: the forward pass, a batch to float32 log-probabilities [B, M].
-        batches: all records once; `record_index` says which, -1 for padding rows.
+        batches: all records once, one a row; `record_index` says which, -1 for empty rows.
         count: number of records.
 
     Returns:
@@ -89,20 +90,28 @@ def compute_reference(
     with tqdm(total=count, desc="reference", unit="pair", disable=None) as progress:
         for batch in batches:
             logps_BM = np.asarray(score(batch), np.float32)
-            real = batch["record_index"] >= 0
+            index = batch["record_index"][:, 0]
+            real = index >= 0
             if not np.isfinite(logps_BM[real]).all():
-                bad = batch["record_index"][real][~np.isfinite(logps_BM[real]).all(axis=1)]
+                bad = index[real][~np.isfinite(logps_BM[real]).all(axis=1)]
                 raise UserError(f"the reference gives no finite log-probability for records {bad}")
             if result is None:
                 result = np.zeros((count, logps_BM.shape[1]), np.float32)
-            result[batch["record_index"][real]] = logps_BM[real]
+            result[index[real]] = logps_BM[real]
             progress.update(int(real.sum()))
     assert result is not None, "a record set is never empty"
     return result
 
 
-def join_reference(batch: dict[str, np.ndarray], reference: Reference) -> dict[str, np.ndarray]:
-    """The batch with its `reference_logps` [B, M]; padding rows get zeros."""
-    index = batch["record_index"]
-    rows = np.where((index >= 0)[:, None], reference[np.maximum(index, 0)], np.float32(0))
-    return {**batch, "reference_logps": rows}
+@dataclass(frozen=True)
+class Referenced(Sequence[dict[str, Any]]):
+    """Records that know their `reference_logps` [M]."""
+
+    records: Sequence[Mapping[str, Any]]
+    reference: Reference
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        return {**self.records[index], "reference_logps": self.reference[index]}

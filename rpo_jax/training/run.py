@@ -37,6 +37,8 @@ _FREE = (
     "train.log_every_steps",
     "train.eval_every_steps",
     "data.max_dropped_share",
+    "data.pairs_per_row",
+    "data.row_sizes",
     "rpo.term_gradients_every_steps",
 )
 

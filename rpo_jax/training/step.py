@@ -1,5 +1,6 @@
 """The training step and its forward-only twin: pure functions, jitted by their makers."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, UInt32
 
+from rpo_jax.data.packing import Size
+from rpo_jax.data.rows import TARGET_ARRAYS, TOKEN_ARRAYS
 from rpo_jax.losses.token_logps import token_divergences
 from rpo_jax.model.qwen2 import Params, head_table
 from rpo_jax.sharding.rules import batch_sharding, replicated
@@ -35,6 +38,20 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     )
 
 
+def cut_rows(batch: Batch, size: Size) -> Batch:
+    """The first tokens and targets of each row."""
+    lengths = dict.fromkeys(TOKEN_ARRAYS, size.tokens) | dict.fromkeys(TARGET_ARRAYS, size.targets)
+    return {name: x[:, : lengths[name]] if name in lengths else x for name, x in batch.items()}
+
+
+def choose_size(batch: Batch, sizes: Sequence[Size]) -> Array:
+    """0 where the rows are empty, else 1 + the place of the least size that holds them all."""
+    tokens = jnp.max(jnp.sum(batch["segment_ids"] > 0, axis=1))
+    targets = jnp.max(jnp.sum(batch["target_mask"] > 0, axis=1))
+    is_full = [(tokens > size.tokens) | (targets > size.targets) for size in sizes[:-1]]
+    return jnp.sum(jnp.array([tokens > 0, *is_full]), dtype=jnp.int32)
+
+
 def compute_gradients(
     objective: Objective,
     micro_batches: int,
@@ -42,10 +59,13 @@ def compute_gradients(
     frozen: Params,
     hyper: Hyper,
     batch: Batch,
+    row_sizes: Sequence[Size] = (),
 ) -> tuple[Params, dict[str, Array]]:
     """Gradients (float32) of the trained weights, and means, of the global batch.
 
-    One micro-batch is computed after the other.
+    One micro-batch is computed after the other. With `row_sizes`, each in the least of them that
+    holds its rows, and an empty one not at all; their tokens and targets must then lie at the
+    rows' beginnings.
     """
     counts = objective.counts(batch)
 
@@ -53,7 +73,7 @@ def compute_gradients(
         sums = objective.sums(join_params(trained, frozen), part, hyper)
         return objective.loss(divide(sums, counts), hyper), sums
 
-    if micro_batches == 1:
+    if micro_batches == 1 and not row_sizes:
         grads, sums = jax.grad(loss, has_aux=True)(trained, batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), divide(sums, counts)
 
@@ -63,11 +83,18 @@ def compute_gradients(
     zero_grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     zero_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_shape)
 
-    def add(carry: tuple[Params, Sums], part: Batch) -> tuple[tuple[Params, Sums], None]:
+    def add(carry: tuple[Params, Sums], part: Batch) -> tuple[Params, Sums]:
         new = jax.grad(loss, has_aux=True)(trained, part)
-        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new), None
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, new)
 
-    (grads, sums), _ = jax.lax.scan(add, (zero_grads, zero_sums), parts)
+    def add_cut(carry: tuple[Params, Sums], part: Batch) -> tuple[Params, Sums]:
+        cuts = [lambda part, size=size: add(carry, cut_rows(part, size)) for size in row_sizes]
+        return jax.lax.switch(choose_size(part, row_sizes), [lambda _: carry, *cuts], part)
+
+    add_part = add_cut if row_sizes else add
+    (grads, sums), _ = jax.lax.scan(
+        lambda carry, part: (add_part(carry, part), None), (zero_grads, zero_sums), parts
+    )
     return grads, divide(sums, counts)
 
 
@@ -92,7 +119,13 @@ def make_step(
                 "dropout_seed": draw_dropout_seeds(config.seed, state.step, len(batch["tokens"]))
             }
         grads, means = compute_gradients(
-            objective, config.train.micro_batches, state.params, frozen, hyper, batch
+            objective,
+            config.train.micro_batches,
+            state.params,
+            frozen,
+            hyper,
+            batch,
+            work.row_sizes,
         )
         loss = objective.loss(means, hyper)
         grad_norm = optax.tree.norm(grads)

@@ -1,18 +1,18 @@
 """What a config asks for, built: network, mesh, objective, and rows for it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rpo_jax.config import Config
-from rpo_jax.data.loader import iterate_once, make_batches
+from rpo_jax.data.loader import MakeRow, Record, iterate_once, make_batches
+from rpo_jax.data.packing import Size, deal_rows, plan_rows
 from rpo_jax.data.records import Records
-from rpo_jax.data.rows import pair_row, text_row
+from rpo_jax.data.rows import PairLayout, pair_row, text_row
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network
 from rpo_jax.model.splash import LANES
@@ -24,7 +24,7 @@ from rpo_jax.training.objective import (
     make_projection,
     make_rpo_objective,
 )
-from rpo_jax.training.reference import Reference, join_reference
+from rpo_jax.training.reference import Reference, Referenced
 
 Rows = dict[str, np.ndarray]
 
@@ -38,12 +38,33 @@ class Workload:
     mesh: Mesh
     objective: Objective
     hyper: Hyper
-    make_row: Callable[[Mapping[str, Any]], Rows]
+    make_row: MakeRow
+    layout: PairLayout | None = None
 
     @property
     def micro_rows(self) -> int:
         """Rows of all devices that are computed at once."""
         return self.config.train.batch_rows // self.config.train.micro_batches
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether the pairs of a global batch are sorted into rows and micro-batches."""
+        data = self.config.data
+        return self.layout is not None and (data.pairs_per_row > 1 or data.row_sizes > 1)
+
+    @property
+    def row_sizes(self) -> tuple[Size, ...]:
+        """The sizes, from the least on, that a micro-batch may be cut to; empty: none is."""
+        if self.layout is None or not self.is_arranged:
+            return ()
+        return self.layout.row_size.fractions(self.config.data.row_sizes)
+
+    def arrange(self, records: Sequence[Record]) -> list[list[int]]:
+        """The pairs of a global batch to its rows: as few as may be, like with like."""
+        assert self.layout is not None
+        sizes = [self.layout.pair_size(record) for record in records]
+        rows = plan_rows(sizes, self.layout.row_size, self.config.data.pairs_per_row)
+        return deal_rows(rows, len(records), self.config.train.micro_batches)
 
 
 def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
@@ -64,15 +85,22 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
             f"parts is {train.batch_rows // train.micro_batches} rows, which the mesh's "
             f"data*fsdp={shards} does not divide"
         )
-    if config.stage == "cpt":
-        objective = make_cpt_objective(network, make_projection(config))
-        make_row: Callable[[Mapping[str, Any]], Rows] = text_row
-    else:
-        objective = make_rpo_objective(network, config.rpo, make_projection(config))
-        make_row = partial(_make_pair_row, config)
     hyper = make_hyper(config.rpo, config.optim.learning_rate)
-    work = Workload(config, network, mesh, objective, hyper, make_row)
-    if config.model.attention != "dense":
+    how = make_projection(config)
+    if config.stage == "cpt":
+        objective = make_cpt_objective(network, how)
+        work = Workload(config, network, mesh, objective, hyper, lambda rows: text_row(*rows))
+    else:
+        layout = PairLayout(
+            config.data.prompt_length,
+            config.data.response_length,
+            share_prefix=config.rpo.share_prefix,
+            prompt_targets=config.rpo.nll_tokens == "prompt+completion",
+        )
+        objective = make_rpo_objective(network, config.rpo, how, config.data.pairs_per_row)
+        make_row = partial(pair_row, layout=layout)
+        work = Workload(config, network, mesh, objective, hyper, make_row, layout)
+    if config.model.attention.startswith("splash"):
         _check_splash(work)
     return work
 
@@ -85,27 +113,17 @@ def _check_splash(work: Workload) -> None:
     if platform != wanted:
         raise UserError(
             f"model.attention={name!r} runs on {wanted} devices, these are {platform}: choose "
-            "dense, or splash on TPUs"
+            "dense or blocks, or splash on TPUs"
         )
-    length = example_batch(work)["tokens"].shape[1]
-    if length % (LANES * mesh.shape["seq"]):
-        raise UserError(
-            f"model.attention={name!r}: rows of {length} tokens over mesh.seq={mesh.shape['seq']}; "
-            f"a multiple of {LANES} on each device is wanted: change data.row_length (cpt), or "
-            "data.prompt_length and data.response_length (rpo)"
-        )
-
-
-def _make_pair_row(config: Config, record: Mapping[str, Any]) -> Rows:
-    return pair_row(
-        record["prompt_ids"],
-        record["chosen_ids"],
-        record["rejected_ids"],
-        prompt_length=config.data.prompt_length,
-        response_length=config.data.response_length,
-        share_prefix=config.rpo.share_prefix,
-        prompt_targets=config.rpo.nll_tokens == "prompt+completion",
-    )
+    cut_to = [size.tokens for size in work.row_sizes]
+    for length in cut_to or [example_batch(work)["tokens"].shape[1]]:
+        if length % (LANES * mesh.shape["seq"]):
+            raise UserError(
+                f"model.attention={name!r}: rows of {length} tokens over "
+                f"mesh.seq={mesh.shape['seq']}; a multiple of {LANES} on each device is wanted: "
+                "change data.row_length (cpt), or data.prompt_length, data.response_length and "
+                "data.row_sizes (rpo)"
+            )
 
 
 def example_batch(work: Workload) -> Rows:
@@ -113,8 +131,9 @@ def example_batch(work: Workload) -> Rows:
     one = np.ones(1, np.int32)
     ids = {"prompt_ids": one, "chosen_ids": one, "rejected_ids": one}
     text = np.ones(work.config.data.row_length, np.int32)
-    row = work.make_row({**ids, "tokens": text, "segment_ids": text})
-    row["record_index"] = np.int32(0)  # type: ignore[assignment]
+    row = work.make_row([{**ids, "tokens": text, "segment_ids": text}])
+    row_records = work.config.data.pairs_per_row if work.config.stage == "rpo" else 1
+    row["record_index"] = np.zeros(row_records, np.int32)
     if work.config.stage == "rpo" and work.config.rpo.has_reference:
         row["reference_logps"] = np.zeros(row["labels"].shape, np.float32)
     count = work.config.train.batch_rows
@@ -125,32 +144,28 @@ def train_batches(
     work: Workload, records: Records, reference: Reference | None, start_step: int
 ) -> Iterator[Rows]:
     """This process's rows of each global batch from `start_step` on, without end."""
-    batches = make_batches(
-        records,
+    return make_batches(
+        records if reference is None else Referenced(records, reference),
         work.make_row,
         batch_rows=work.config.train.batch_rows,
         seed=work.config.seed,
         start_step=start_step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        arrange=work.arrange if work.is_arranged else None,
+        row_records=work.config.data.pairs_per_row if work.is_arranged else 1,
     )
-    return (_join(batch, reference) for batch in batches)
 
 
 def heldout_batches(
     work: Workload, records: Records, reference: Reference | None, limit: int
 ) -> Iterator[Rows]:
     """Each of the first `limit` records (0: of all) once, in batches of a micro-batch's rows."""
-    batches = iterate_once(
-        records,
+    return iterate_once(
+        records if reference is None else Referenced(records, reference),
         work.make_row,
         batch_rows=work.micro_rows,
         limit=limit,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return (_join(batch, reference) for batch in batches)
-
-
-def _join(batch: Rows, reference: Reference | None) -> Rows:
-    return batch if reference is None else join_reference(batch, reference)

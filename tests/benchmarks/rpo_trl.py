@@ -115,7 +115,7 @@ def run_ours(steps: int, settings: dict[str, Any]) -> dict[str, Any]:
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     network = Network(SHAPE, remat=config.model.remat, scan_layers=config.model.scan_layers)
     work = make_workload(config, network, make_mesh(config.mesh, jax.devices()[:1]))
-    rows = [work.make_row(pair) for pair in make_pairs()]
+    rows = [work.make_row([pair]) for pair in make_pairs()]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     tx = make_optimizer(config.optim)
     abstract = abstract_state(network, tx, work.mesh)
