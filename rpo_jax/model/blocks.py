@@ -29,7 +29,7 @@ def attend_blocks(
 ) -> tuple[Float[Array, "B T N H"], None]:
     """What `attention.attend` gives under a causal mask; keys later than a block are never read.
 
-    Scores and softmax are float32 and exist for one block at a time: the backward pass computes
+    Scores and softmax are float32 and none of them is kept for the backward pass, which computes
     them again from the logarithm of the softmax's sum.
 
     Source: arXiv:2205.14135, over queries only.
