@@ -81,20 +81,26 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return batch | {"record_index": np.arange(len(rows), dtype=np.int32)[:, None]}
 
 
+def refer(records: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The pairs with made-up log-probabilities of a reference, enough for any targets."""
+    rng = np.random.default_rng(1)
+    count = PROMPT_LENGTH + 2 * RESPONSE_LENGTH
+    made_up = rng.normal(-4, 1, (len(records), count)).astype(np.float32)
+    return [
+        {**record, "reference_logps": logps} for record, logps in zip(records, made_up, strict=True)
+    ]
+
+
 def pair_batch(
     records: list[dict[str, np.ndarray]],
     share_prefix: bool = True,
     prompt_targets: bool = False,
     reference: bool = True,
 ) -> dict[str, np.ndarray]:
-    """A batch of pair rows, with a made-up reference."""
+    """A batch of pair rows, one pair each, with a made-up reference."""
     layout = PairLayout(PROMPT_LENGTH, RESPONSE_LENGTH, share_prefix, prompt_targets)
-    batch = stack([pair_row([record], layout) for record in records])
-    if reference:
-        rng = np.random.default_rng(1)
-        made_up = rng.normal(-4, 1, batch["labels"].shape) * batch["target_mask"]
-        batch["reference_logps"] = made_up.astype(np.float32)
-    return batch
+    records = refer(records) if reference else records
+    return stack([pair_row([record], layout) for record in records])
 
 
 def text_batch(count: int = 8, length: int = 24, seed: int = 0) -> dict[str, np.ndarray]:
