@@ -13,6 +13,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state
 from rpo_jax.training.dry_run import describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
@@ -93,6 +94,7 @@ def train(work: Workload) -> dict[str, Any]:
         # Nothing saved is nothing done: the curves then start anew, before step 0.
         with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
             if done == 0:
+                audit_control_tokens(tokenizer, records, params)
                 log.write(0, heldout_names(evaluate(params)))
             step = make_step(work, tx, abstract)
             batches = train_batches(work, records, references[0], done)

@@ -11,12 +11,20 @@ import optax
 import pytest
 
 from rpo_jax.config import Rpo
+from rpo_jax.data.packing import Size
 from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.model.qwen2 import forward, init_params
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.objective import divide, make_hyper
 from rpo_jax.training.state import abstract_state, make_params, start_from
-from rpo_jax.training.step import compute_gradients, make_measure, make_score, make_step
+from rpo_jax.training.step import (
+    choose_size,
+    compute_gradients,
+    cut_rows,
+    make_measure,
+    make_score,
+    make_step,
+)
 from tests.tiny import (
     MESHES,
     NETWORK,
@@ -336,3 +344,36 @@ def test_optimizer_state_lies_like_its_weights(tx):
         assert leaf.sharding == match[0] if match else leaf.shape == ()
         found += len(match)
     assert found >= len(places)
+
+
+def test_a_micro_batch_is_computed_in_the_least_size_that_holds_it():
+    sizes = (Size(4, 2), Size(8, 3))
+
+    def choose(tokens, targets):
+        batch = {
+            "segment_ids": np.arange(8) < np.array(tokens)[:, None],
+            "target_mask": np.arange(3) < np.array(targets)[:, None],
+        }
+        return int(choose_size(jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch), sizes))
+
+    assert choose([0, 0], [0, 0]) == 0
+    assert choose([4, 0], [2, 0]) == choose([1, 2], [1, 1]) == 1
+    assert choose([5, 1], [1, 1]) == choose([2, 4], [1, 3]) == 2
+    cut = cut_rows({"tokens": jnp.ones((2, 8)), "labels": jnp.ones((2, 3)),
+                    "record_index": jnp.ones((2, 5))}, sizes[0])  # fmt: skip
+    assert {name: x.shape for name, x in cut.items()} == {
+        "tokens": (2, 4), "labels": (2, 2), "record_index": (2, 5)
+    }  # fmt: skip
+
+
+def test_packing_leaves_micro_batches_empty():
+    """Eight short pairs, three a row: of four micro-batches of two rows, two have none."""
+    config = make_config(data={"pairs_per_row": 3}, train={"micro_batches": 4})
+    work = make_work(config, SMALL)
+    one = np.ones(2, np.int32)
+    records = [{"prompt_ids": one, "chosen_ids": one, "rejected_ids": one}] * 8
+    rows = work.arrange(records)
+    assert sorted(place for row in rows for place in row) == list(range(8))
+    assert [[len(row) for row in rows[part::4]] for part in range(4)] == [
+        [3, 3], [2, 0], [0, 0], [0, 0]
+    ]  # fmt: skip

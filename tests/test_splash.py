@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rpo_jax.config import Mesh as MeshConfig
-from rpo_jax.data.rows import pair_row
+from rpo_jax.data.rows import PairLayout, pair_row
 from rpo_jax.errors import UserError
 from rpo_jax.model.attention import make_attend
 from rpo_jax.model.qwen2 import init_params
@@ -126,7 +126,7 @@ def test_where_it_cannot_run_it_is_refused(name, data, told):
 def test_an_rpo_step_does_not_care_for_the_implementation(mesh):
     """Loss and gradients of a whole network, all layers recomputed, rows cut over every axis."""
     lengths = {"prompt_length": 128, "response_length": 64}
-    rows = stack([pair_row(**pair, **lengths, share_prefix=True) for pair in pairs(2)])
+    rows = stack([pair_row([pair], PairLayout(**lengths)) for pair in pairs(2)])
     rows["reference_logps"] = np.full(rows["labels"].shape, -4, np.float32) * rows["target_mask"]
     found = {}
     for name in ("dense", "splash_interpreted"):
@@ -136,5 +136,5 @@ def test_an_rpo_step_does_not_care_for_the_implementation(mesh):
         with jax.set_mesh(work.mesh):
             params = jax.jit(partial(init_params, network))(jax.random.key(0))
             gradients = jax.jit(partial(compute_gradients, work.objective, 1))
-            found[name] = jax.device_get(gradients(params, work.hyper, rows))
+            found[name] = jax.device_get(gradients(params, {}, work.hyper, rows))
     assert relative_difference(found["dense"], found["splash_interpreted"]) < 2e-5

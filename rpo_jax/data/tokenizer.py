@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Tokenizer:
         eos_token: as the tokenizer spells it.
         content: the file, byte for byte.
         file_name: under which a saved copy is found again.
+        control: tokens that no text is read as, by id, as they are spelt.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class Tokenizer:
     eos_token: str
     content: bytes = field(repr=False)
     file_name: str
+    control: Mapping[int, str] = field(repr=False)
     _encode: Callable[[str], list[int]] = field(repr=False)
     _decode: Callable[[Sequence[int]], str] = field(repr=False)
 
@@ -172,6 +174,7 @@ def _from_json(path: Path, content: bytes, end_of_text: str) -> Tokenizer:
         eos_token=eos_token,
         content=content,
         file_name=FILE_NAMES[0],
+        control={i: str(token) for i, token in library.get_added_tokens_decoder().items()},
         _encode=encode,
         _decode=lambda ids: library.decode(list(ids), skip_special_tokens=False),
     )
@@ -209,6 +212,7 @@ def _from_sentencepiece(path: Path, content: bytes, end_of_text: str) -> Tokeniz
         eos_token=eos_token,
         content=content,
         file_name=FILE_NAMES[1],
+        control={i: piece for i, piece in enumerate(pieces) if library.is_control(i)},
         _encode=encode,
         _decode=lambda ids: library.decode([int(i) for i in ids]),
     )

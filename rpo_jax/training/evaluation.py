@@ -3,19 +3,25 @@
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rpo_jax.data.loader import Record
 from rpo_jax.data.records import Records
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding
 from rpo_jax.training.objective import Batch
-from rpo_jax.training.reference import Reference, compute_reference, find_reference
+from rpo_jax.training.reference import (
+    Reference,
+    check_reference,
+    compute_reference,
+    find_reference,
+)
 from rpo_jax.training.run import write_json
 from rpo_jax.training.state import fingerprint_params, with_shardings
 from rpo_jax.training.step import make_divergence, make_measure, make_score
@@ -87,7 +93,8 @@ def find_references(
     """The reference log-probabilities of each record set: stored ones, or computed now.
 
     The reference is the model that the run starts from: `params` themselves at step 0, else
-    `first()`, called only if something has to be computed.
+    `first()`, called only if something has to be computed. At step 0 a few pairs of what is stored
+    are computed again: see `check_reference`.
 
     Args:
         work: the stage; one without a reference gets None for each set.
@@ -125,18 +132,25 @@ def find_references(
         identity = {
             "weights": json.loads(note.read_text())["weights"],
             "records": records.fingerprint,
-            "layout": [data.prompt_length, data.response_length, work.config.rpo.share_prefix],
+            "layout": ["end to end", data.prompt_length, data.response_length],
+            "share_prefix": work.config.rpo.share_prefix,
             "nll_tokens": work.config.rpo.nll_tokens,
             "compute_dtype": work.config.model.compute_dtype,
         }
 
-        def compute() -> Reference:
+        def compute(pairs: Sequence[Record]) -> Reference:
             return compute_reference(
                 lambda batch: np.asarray(score(reference_params(), put_batch(batch, work.mesh))),
-                heldout_batches(work, records, None, limit=0),
-                len(records),
+                heldout_batches(work, pairs, None, limit=0),
+                len(pairs),
             )
 
-        return find_reference(records.directory, len(records), identity, compute)
+        def check(path: Path, stored: Reference) -> None:
+            if step == 0:  # later the digest of the weights, which is in the name, has to do
+                check_reference(path, stored, records, compute, identity["compute_dtype"])
+
+        return find_reference(
+            records.directory, len(records), identity, lambda: compute(records), check
+        )
 
     return [find(records) for records in record_sets]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
@@ -17,12 +18,16 @@ from rpo_jax.errors import UserError
 
 Reference = Float[np.ndarray, "records M"]
 
+_RECHECKED = 4  # pairs of a record set
+_ALLOWED = 4.0  # times the measured noise
+
 
 def find_reference(
     records: Path,
     count: int,
     identity: dict[str, Any],
     compute: Callable[[], Reference],
+    check: Callable[[Path, Reference], None],
 ) -> Reference:
     """The stored reference of a record set, or a newly computed one, stored for the next run.
 
@@ -32,6 +37,7 @@ def find_reference(
         identity: all that the numbers depend on: weights, records, layout, precision. Its digest is
             part of the file's name.
         compute: makes the log-probabilities, [count, M].
+        check: looks at stored ones before they are used, and raises if they are wrong.
 
     Raises:
         UserError: the stored file is damaged, or a log-probability is not finite.
@@ -41,6 +47,7 @@ def find_reference(
     stored = _load(path, count)
     if stored is not None:
         logging.info("reference: found %s", path)
+        check(path, stored)
         return stored
     result = compute()
     if jax.process_index() == 0:
@@ -101,6 +108,59 @@ def compute_reference(
             progress.update(int(real.sum()))
     assert result is not None, "a record set is never empty"
     return result
+
+
+def check_reference(
+    path: Path,
+    stored: Reference,
+    records: Sequence[Mapping[str, Any]],
+    compute: Callable[[Sequence[Mapping[str, Any]]], Reference],
+    compute_dtype: str,
+) -> None:
+    """Computes a few pairs again and compares them, a token each, with what is stored.
+
+    How far two right answers may lie apart is measured: each pair is also computed with its
+    responses in each other's place, which is the same number by another order of rounding. Four
+    times the largest such difference is allowed, a rounding of the numbers themselves at least.
+
+    Args:
+        path: of the stored file.
+        stored: what it holds.
+        records: pairs, in its order.
+        compute: makes the log-probabilities of some records.
+        compute_dtype: of the program.
+
+    Raises:
+        UserError: they differ by more, with the record and both numbers.
+    """
+    places = np.unique(np.linspace(0, len(records) - 1, _RECHECKED).astype(int)).tolist()
+    pairs = [records[place] for place in places]
+    turned = [
+        {**pair, "chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]}
+        for pair in pairs
+    ]
+    live, other = np.split(compute([*pairs, *turned]), 2)
+    for row, pair in zip(other, pairs, strict=True):
+        chosen, rejected = len(pair["chosen_ids"]), len(pair["rejected_ids"])
+        row[: chosen + rejected] = np.roll(row[: chosen + rejected], chosen)
+    rounding = float(jnp.finfo(compute_dtype).eps) * float(np.abs(live).max())
+    noise = max(float(np.abs(live - other).max()), rounding)
+    off = np.abs(live - stored[places])
+    worst = int(off.max(axis=1).argmax())
+    if not off.max() <= _ALLOWED * noise:  # NaN is not
+        token = int(off[worst].argmax())
+        raise UserError(
+            f"{path}: target {token} of record {places[worst]} is stored as "
+            f"{stored[places[worst], token]:.6g} nats; the model that the run starts from gives "
+            f"{live[worst, token]:.6g}, and rounding explains {_ALLOWED * noise:.2g}. Delete the "
+            "file to have it computed again"
+        )
+    logging.info(
+        "reference: %d pairs computed again, %.2g nats off at most; noise %.2g",
+        len(pairs),
+        off.max(),
+        noise,
+    )
 
 
 @dataclass(frozen=True)

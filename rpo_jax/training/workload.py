@@ -158,7 +158,7 @@ def train_batches(
 
 
 def heldout_batches(
-    work: Workload, records: Records, reference: Reference | None, limit: int
+    work: Workload, records: Sequence[Record], reference: Reference | None, limit: int
 ) -> Iterator[Rows]:
     """Each of the first `limit` records (0: of all) once, in batches of a micro-batch's rows."""
     return iterate_once(
