@@ -34,6 +34,7 @@ TOKENIZER = Tokenizer(
     eos_token=_spell([EOS]),
     content=b"",
     file_name="",
+    control={},
     _encode=lambda text: [ord(letter) - ord("!") for letter in text],
     _decode=_spell,
 )
@@ -89,6 +90,25 @@ def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
             compared += 1
         done += live
     assert compared == sum(lengths) - sum(prompts) - 3 * shared
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_few_rows_on_a_mesh_are_those_of_one_device(params, rows):
+    """A row a device or less: where a layer's weights were not gathered by name, XLA went wrong."""
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 96, (rows, 16)), jnp.int32)
+    start_B = jnp.zeros(rows, jnp.int32)
+
+    def states(weights):
+        own, prefix = make_cache(NETWORK, rows, 16), make_cache(NETWORK, 1, 0)
+        return forward_cached(NETWORK, split_layers(weights), tokens, start_B, own, prefix)[0]
+
+    want = np.asarray(jax.jit(states)(params))
+    mesh = make_mesh(MESHES["data2-fsdp2-tensor2"], jax.devices())
+    places = make_shardings(abstract_params(NETWORK), param_axes(NETWORK), mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, places)
+        got = np.asarray(jax.jit(lambda weights: states(weights), in_shardings=(places,))(placed))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 # Whole completions.

@@ -337,7 +337,7 @@ def test_broken_json_and_missing_places_are_named(capsys, tmp_path, exam_dir, mo
     assert "known: fictional, igakuqa" in refuse(capsys, "--score", str(file), "--exam", "bar")
     monkeypatch.delenv("IGAKUQA_DIR", raising=False)
     assert "--exam_dir, or set IGAKUQA_DIR" in refuse(capsys, "--score", str(file))
-    assert "--score FILE is wanted" in refuse(capsys, "--json")
+    assert "--score FILE and --report FOLDER is wanted" in refuse(capsys, "--json")
 
 
 def test_an_exam_is_one_file():

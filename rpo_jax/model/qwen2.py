@@ -318,7 +318,6 @@ def forward(
         stacked["lora"] = seed_dropout(stacked["lora"], count, dropout_seed_B)
 
     def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
-        variables = {**variables, "params": _gather(network, variables["params"])}
         return run_layer(network, variables, x_BTD, positions_BT, meet)
 
     if network.remat != "none":
@@ -361,6 +360,7 @@ def run_layer(
     meet: Attend,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer with its share of `layer_variables`; also what `meet` keeps."""
+    variables = {**variables, "params": _gather(network, variables["params"])}
     return cast(tuple[Array, Any], Block(network).apply(variables, x_BTD, positions_BT, meet))
 
 

@@ -132,7 +132,7 @@ def run_ours(shape: ModelShape, repeats: int) -> dict[str, Any]:
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     params = jax.block_until_ready(split_layers(params))
     tokenizer = Tokenizer(  # an end that is never drawn: every row writes all its tokens
-        shape.vocab_size, shape.vocab_size - 1, "", b"", "", lambda _: [], lambda _: ""
+        shape.vocab_size, shape.vocab_size - 1, "", b"", "", {}, lambda _: [], lambda _: ""
     )
     call = make_generate(Network(shape), mesh, tokenizer, slots=ROWS)
     prompts = make_prompts(shape)
