@@ -83,4 +83,6 @@ def test_text_records_are_read_without_their_padding(tokenizer, params):
 def test_many_warnings_are_told_in_short(tokenizer, params, caplog):
     records = [pair(tokenizer, rejected="<|im_end|>")] * 9
     assert len(audit_control_tokens(tokenizer, records, params)) == 9
-    assert len(caplog.messages) == 6 and caplog.messages[-1] == "4 more such records"
+    # Warnings alone: whether the summary before them is seen depends on the level of the logger.
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 6 and told[-1] == "4 more such records"
