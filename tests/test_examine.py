@@ -110,6 +110,7 @@ def whole_logits(opened, ids: list[int]) -> np.ndarray:
     return logits[: opened.tokenizer.vocab_size].astype(np.float64)
 
 
+@pytest.mark.full
 def test_letters_are_weighed_by_their_log_probabilities(capsys, tmp_path, model, exam_dir):
     given = arguments(model, exam_dir, tmp_path / "a", "--modes", "answer_only")
     found = run(capsys, *given)["models"][0]["likelihood"]

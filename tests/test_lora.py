@@ -94,7 +94,7 @@ def test_adapters_begin_as_no_change_and_can_learn(init):
             assert not np.any(pair[drawn])
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("q", "down")])
+@pytest.mark.parametrize("targets", [TARGETS, pytest.param(("q", "down"), marks=pytest.mark.full)])
 def test_an_adapted_model_is_the_merged_one(targets):
     network = dataclasses.replace(SMALL, lora=dataclasses.replace(LORA, targets=targets))
     params = perturbed(network)
@@ -104,6 +104,7 @@ def test_an_adapted_model_is_the_merged_one(targets):
     assert relative_difference(plain, hidden(network.base, params | {"lora": {}})) > 1e-2
 
 
+@pytest.mark.full
 def test_gradients_follow_from_those_of_the_merged_kernel():
     """dA = scale dW B^T and dB = scale A^T dW, with dW the gradient of the merged kernel."""
     params = perturbed(SMALL)
@@ -164,7 +165,7 @@ def test_tiles_of_the_72b_divide_over_four_and_eight_chips():
     assert packed.scale.shape == (2, 128, 64, 128)
 
 
-@pytest.mark.parametrize("quantize", ["", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("", marks=pytest.mark.full), "nf4"])
 def test_any_mesh_and_micro_batch_gives_the_same_gradients(quantize):
     """With dropout too: a row's mask is its own."""
     lora = dataclasses.replace(LORA, dropout=0.2)
@@ -237,7 +238,7 @@ def test_a_merge_is_computed_in_float32():
     np.testing.assert_array_equal(result, jnp.bfloat16(1.01))
 
 
-@pytest.mark.parametrize("quantize", ["", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("", marks=pytest.mark.full), "nf4"])
 def test_cached_decoding_knows_adapters_and_quantised_kernels(quantize):
     network = dataclasses.replace(SMALL, quantize=quantize)
     params = perturbed(network)
@@ -310,6 +311,7 @@ def test_a_qlora_run_holds_adapters_and_names_its_base(adapted, capsys):
     assert relative_difference(base["layers"], whole["layers"]) > 1e-3
 
 
+@pytest.mark.full
 def test_rpo_starts_from_merged_or_from_kept_adapters(adapted, capsys):
     for previous in ("merge", "keep"):
         more = {"lora__rank": 4, "lora__previous": previous, "train__steps": 3}
@@ -345,6 +347,7 @@ def test_a_base_that_changed_is_refused(adapted, tmp_path, capsys):
     assert "adapters.json: damaged" in refuse(capsys, CPT, arguments)
 
 
+@pytest.mark.full
 def test_an_uninterrupted_run_and_a_resumed_one_are_the_same(adapted):
     whole = lora_overrides(adapted, name="whole", lora__dropout=0.1, checkpoint__save_every_steps=3)
     first = run(CPT, whole)
@@ -419,6 +422,7 @@ def test_adapters_go_out_merged_or_alone_and_come_in(adapted, tmp_path, capsys):
         assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.full
 def test_rows_of_chosen_tokens_are_trained_too(workdir, tmp_path, capsys):
     """The end-of-text row moves, its neighbours do not, in the embedding that is the head too."""
     from rpo_jax.data.tokenizer import read_tokenizer

@@ -145,7 +145,11 @@ def weights(workdir, name, arguments, config=BASE):
         )
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sign",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)],
+    ids=lambda s: s.name,
+)
 def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     folder = tmp_path / "stopped"
     stopped = base_overrides(tmp_path, name="stopped")
