@@ -29,7 +29,11 @@ from rpo_jax.training.workload import Workload, example_batch, make_workload
 
 Plan = dict[str, Any]
 
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# Two releases of the compiler say it in two ways; both count arguments and temporaries.
+_OUT_OF_MEMORY = re.compile(
+    r"(?:Used |total memory required for HLO temporaries \()([\d.]+)([KMG])"
+    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMG])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
