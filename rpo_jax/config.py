@@ -137,11 +137,103 @@ class Igakuqa:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Answers to an exam's training questions, drawn from the model in `init_from` and judged."""
+
+    exam: str = option(
+        "fictional",
+        "whose questions: fictional (those of data.fictional for training), or an exam of "
+        "rpo_jax/exams/known in data.igakuqa.directory (those of data.igakuqa.train_years)",
+    )
+    limit: int = option(0, "so many questions, evenly spread; 0: all", at_least=0)
+    answers: int = option(
+        8,
+        "drawn for each question and mode; 0: those of `files` alone (arXiv:2404.19733v3: 30)",
+        at_least=0,
+    )
+    files: tuple[str, ...] = option(
+        (), "answers that were made elsewhere, .jsonl with id and text, or published predictions"
+    )
+    modes: tuple[str, ...] = option(
+        ("explain_first",), "explain_first, answer_only, or both: of the questions and of the pairs"
+    )
+    shots: int = option(3, "demonstrations in the prompt, 3 or 0", at_least=0)
+    temperature: float = option(0.8, "logits are divided by it", above=0.0)
+    top_k: int = option(0, "draw among so many tokens; 0: all", at_least=0)
+    top_p: float = option(1.0, "draw among so much probability", above=0.0, at_most=1.0)
+    answer_tokens: int = option(16, "most tokens of an answer alone", at_least=1)
+    explain_tokens: int = option(512, "most tokens of an explanation with its answer", at_least=1)
+    first_seed: int = option(
+        0, "the answers of a question have it and those that follow", at_least=0
+    )
+    slots: int = option(16, "answers that are written at a time; never changes one", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Preference pairs from judged answers and ground-truth explanations."""
+
+    strategy: str = option(
+        "hierarchy",
+        "right_over_wrong: of the drawn answers (arXiv:2404.19733); truth_over_wrong, "
+        "truth_over_any: the ground truth over wrong ones, or over whatever was drawn; hierarchy: "
+        "ground truth over right over wrong (arXiv:2504.18080)",
+        choices=("right_over_wrong", "truth_over_wrong", "truth_over_any", "hierarchy"),
+    )
+    pairs_per_question: int = option(
+        4, "most pairs of a question in each mode (arXiv:2404.19733v3: 10 to 20)", at_least=1
+    )
+    explanations: tuple[str, ...] = option(
+        (),
+        "ground-truth explanations, .jsonl with id and text; they come before those that the exam "
+        "itself has",
+    )
+    max_length_ratio: float = option(
+        4.0, "most times that one text of a pair may be longer than the other", at_least=1.0
+    )
+    max_similarity: float = option(
+        1.0,
+        "most that texts of a pair may share: of the 3-grams of either, those in both; 1: anything "
+        "but the same text",
+        above=0.0,
+        at_most=1.0,
+    )
+    max_letter_ratio: float = option(
+        2.0,
+        "a letter may be dispreferred at most so many times as often as it is preferred, or pairs "
+        "that disprefer it are left out; 0: however often",
+        at_least=0.0,
+    )
+    heldout_share: float = option(
+        0.1,
+        "of the questions, with all that are like them, whose pairs are held out",
+        above=0.0,
+        below=1.0,
+    )
+    leak_share: float = option(
+        0.5,
+        "a question that holds so much of an evaluation question's text (its 8-grams) is left out; "
+        "questions as like each other are held out together",
+        above=0.0,
+        at_most=1.0,
+    )
+    max_left_out_share: float = option(
+        0.9,
+        "stop if a larger share of the answers is of no use, or of the questions gets no pair",
+        at_least=0.0,
+        at_most=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Where text and pairs come from, and how they become records."""
 
     source: str = option(
-        "files", "origin of the text or pairs", choices=("files", "fictional", "igakuqa")
+        "files",
+        "origin of the text or pairs; candidates: pairs made of judged answers, by data.sample and "
+        "data.pair",
+        choices=("files", "fictional", "igakuqa", "candidates"),
     )
     train: tuple[str, ...] = option(
         (), "source=files: text (.jsonl with `text`, .txt, also .gz) or preference JSONL; globs"
@@ -149,6 +241,8 @@ class Data:
     heldout: tuple[str, ...] = option((), "source=files: the same, held out")
     fictional: Fictional = dataclasses.field(default_factory=Fictional)
     igakuqa: Igakuqa = dataclasses.field(default_factory=Igakuqa)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    pair: Pair = dataclasses.field(default_factory=Pair)
     row_length: int = option(512, "tokens a packed row (cpt)", at_least=8)
     prompt_length: int = option(384, "most tokens of a pair's prompt (rpo)", at_least=1)
     response_length: int = option(
@@ -223,6 +317,7 @@ class Rpo:
         return self.preference in ("dpo", "ipo")
 
 
+MODES = ("answer_only", "explain_first")  # ways of asking an exam's questions
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -330,6 +425,16 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Iterative RPO, `rpo_jax.iterate`: sample, pair, train; then again from what was trained."""
+
+    count: int = option(2, "rounds; each is a run of its own, <name>-1, <name>-2, ...", at_least=1)
+    temperatures: tuple[float, ...] = option(
+        (), "of data.sample, a round each, the last one also after it; empty: as there"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -352,6 +457,7 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)  # type: ignore[arg-type]
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
+    rounds: Rounds = dataclasses.field(default_factory=Rounds)
 
     @property
     def folder(self) -> Path:
@@ -504,6 +610,15 @@ def _contradictions(config: Config) -> Iterator[str]:
         both = set(data.igakuqa.train_years) & set(data.igakuqa.heldout_years)
         if both:
             yield f"data.igakuqa: {sorted(both)} is both trained on and held out"
+    if data.source == "candidates":
+        if config.stage != "rpo":
+            yield f"data.source='candidates': pairs are of stage=rpo, not {config.stage}"
+        if not data.sample.answers and not data.sample.files:
+            yield "data.sample.answers=0 and data.sample.files is empty: there are no answers"
+        if not data.sample.modes or not set(data.sample.modes) <= set(MODES):
+            yield f"data.sample.modes={data.sample.modes}: {' or '.join(MODES)} or both are wanted"
+    if any(temperature <= 0 for temperature in config.rounds.temperatures):
+        yield f"rounds.temperatures={config.rounds.temperatures}: each must be above 0"
     if config.stage == "rpo" and not config.init_from:
         yield "init_from is empty: stage=rpo prefers against the model it starts from"
     rpo = config.rpo

@@ -16,6 +16,7 @@ from rpo_jax.exams.asking import (
     MODES,
     Ask,
     Drawing,
+    Share,
     Sitting,
     ask_all,
     choose_questions,
@@ -29,8 +30,8 @@ from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.report import write_report
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.scoring import mark, tally_answers
+from rpo_jax.exams.split import find_world
 from rpo_jax.generation.batching import make_generate
-from rpo_jax.prepare import write_world
 from rpo_jax.training.opening import Opened, open_model
 from rpo_jax.training.run import write_json
 from rpo_jax.training.state import fingerprint_params
@@ -83,41 +84,71 @@ def take_exam(folder: Path, plan: Plan) -> dict[str, Any]:
             f"--seeds {','.join(map(str, plan.seeds))}: at --temperature 0 all seeds answer alike; "
             "give one seed, or a temperature"
         )
-    styles = {mode: find_prompt(mode, plan.shots) for mode in plan.modes}
     directory = _find_directory(plan, folder)
     questions = choose_questions(
         plan.exam.read(directory, plan.years or plan.exam.years), plan.limit
     )
-    demonstrations = plan.exam.demonstrate(directory)
+    paper = Paper(directory, tuple(questions), tuple(plan.exam.demonstrate(directory)))
+    paper.list_asks(plan)  # a prompt that does not exist is told before the model is read
     model = open_model(folder, plan.mesh, plan.dtype)
+    out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
+    ask_paper(model, plan, paper, out)
+    if plan.weigh:
+        _weigh_letters(plan.exam, model, out, paper.questions, paper.demonstrations[: plan.shots])
+    return write_report(plan.exam, [out])
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What is asked: the questions, from where, and the worked examples of the exam."""
+
+    directory: Path
+    questions: tuple[Question, ...]
+    demonstrations: tuple[Question, ...]
+
+    def list_asks(self, plan: Plan) -> list[Ask]:
+        """Every question in every mode and with every seed.
+
+        Raises:
+            UserError: there is no such prompt.
+        """
+        shown = self.demonstrations[: plan.shots]
+        return [
+            Ask(question, mode, seed, find_prompt(mode, plan.shots).render(question, shown))
+            for mode in plan.modes
+            for seed in plan.seeds
+            for question in self.questions
+        ]
+
+
+def ask_paper(
+    model: Opened, plan: Plan, paper: Paper, out: Path, share: Share | None = None
+) -> None:
+    """Has a model answer what it did not answer yet, or its share of it; `out` is the sitting.
+
+    Raises:
+        UserError: another sitting is in the way, or questions that the model cannot be asked.
+    """
     sitting = Sitting(
         exam=plan.exam.name,
-        exam_dir=str(directory.absolute()),
-        years=tuple(sorted({question.year or 0 for question in questions})),
-        questions=digest_questions(questions, demonstrations),
-        asked=len(questions),
-        model=str(folder.absolute()),
+        exam_dir=str(paper.directory.absolute()),
+        years=tuple(sorted({question.year or 0 for question in paper.questions})),
+        questions=digest_questions(paper.questions, paper.demonstrations),
+        asked=len(paper.questions),
+        model=str(model.folder.absolute()),
         step=model.step,
         weights=fingerprint_params(model.params),
         shots=plan.shots,
         drawing=plan.drawing,
     )
-    out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
     open_sitting(out, sitting)
-    shown = demonstrations[: plan.shots]
-    asks = [
-        Ask(question, mode, seed, styles[mode].render(question, shown))
-        for mode in plan.modes
-        for seed in plan.seeds
-        for question in questions
-    ]
+    share = share or Share()
+    asks = paper.list_asks(plan)
     generate = make_generate(model.network, model.mesh, model.tokenizer, slots=plan.slots)
     answer = make_answer(generate, model.params, model.tokenizer, plan.drawing)
-    with tqdm(total=len(asks), desc=plan.exam.name, unit=" answers", disable=None) as progress:
-        ask_all(out, asks, answer, RunningScore(plan.exam, progress))
-    if plan.weigh:
-        _weigh_letters(plan.exam, model, out, questions, shown)
-    return write_report(plan.exam, [out])
+    total = len(share.take(asks))
+    with tqdm(total=total, desc=plan.exam.name, unit=" answers", disable=None) as progress:
+        ask_all(out, asks, answer, RunningScore(plan.exam, progress), share)
 
 
 class RunningScore:
@@ -145,7 +176,7 @@ def _find_directory(plan: Plan, folder: Path) -> Path:
     run = folder / "run.json"
     if plan.exam.name == "fictional" and not plan.directory and run.is_file():
         config = resolve(json.loads(run.read_text(encoding="utf-8"))["config"])
-        return write_world(config) / "exam"
+        return find_world(config) / "exam"
     return plan.exam.find(plan.directory)
 
 

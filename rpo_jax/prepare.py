@@ -34,9 +34,11 @@ from rpo_jax.data.records import (
 )
 from rpo_jax.data.tokenizer import FILE_NAMES, Tokenizer, read_tokenizer, train_sentencepiece
 from rpo_jax.errors import UserError
-from rpo_jax.exams import fictional, igakuqa
+from rpo_jax.exams import igakuqa
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import ANSWER_ZERO_SHOT_V1, OFFICIAL_COMPLETION_V1
+from rpo_jax.exams.split import find_world
+from rpo_jax.pair import make_pairs
 
 Read = Callable[[Iterable[Path]], Iterator[Any]]
 
@@ -142,6 +144,9 @@ def find_sources(config: Config) -> tuple[Source, Source]:
     match config.data.source:
         case "fictional":
             return _from_world(config)
+        case "candidates":
+            folder = make_pairs(config)
+            return _read_as_is(read_pairs, folder / "train.jsonl", folder / "heldout.jsonl")
         case "igakuqa":
             exam = config.data.igakuqa
             return _from_exam(config, exam.train_years), _from_exam(config, exam.heldout_years)
@@ -252,7 +257,7 @@ def _check_share(ledger: Ledger, split: str, allowed: float) -> None:
 def _train_tokenizer(config: Config) -> Tokenizer:
     """A SentencePiece model, made once, of the text trained on (of a world: in any stage)."""
     if config.data.source == "fictional":
-        world = write_world(config)
+        world = find_world(config)
         documents = (world / "general.jsonl", world / "textbook.jsonl")
         preferences = (world / "pairs_train.jsonl",)
         source = Source(
@@ -296,16 +301,8 @@ def _from_files(config: Config) -> tuple[Source, Source]:
     return train, heldout
 
 
-def write_world(config: Config) -> Path:
-    """The folder of the fictional world, generated where it is not there yet."""
-    wanted = config.data.fictional
-    name = f"world-{fictional.VERSION}-{wanted.size}-{wanted.seed}"
-    world = fictional.make_world(wanted.seed, fictional.SIZES[wanted.size])
-    return fictional.write_world(Path(config.workdir) / "data" / name, world)
-
-
 def _from_world(config: Config) -> tuple[Source, Source]:
-    world = write_world(config)
+    world = find_world(config)
     if config.stage == "rpo":
         return _read_as_is(read_pairs, world / "pairs_train.jsonl", world / "pairs_heldout.jsonl")
     textbook, textbook_heldout = world / "textbook.jsonl", world / "textbook_heldout.jsonl"

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -105,6 +107,26 @@ def digest_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         digests.append({"path": str(path), "bytes": path.stat().st_size, "sha256": sha256})
     return digests
+
+
+@contextlib.contextmanager
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then becomes `folder` by one rename; nothing if an exception comes.
+
+    Where another process made the same folder meanwhile, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.incomplete-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp makes it private
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _open(path: Path) -> io.BufferedIOBase:

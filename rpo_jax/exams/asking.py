@@ -5,6 +5,8 @@ A sitting is a folder:
     sitting.json                   what was asked of whom, and how answers were drawn
     responses/<mode>-<seed>.jsonl  a line a question, on disk before the next one is counted
     report.json, report.html       made from these two, and made again at any time
+
+Several hosts may share one: each asks its own share, and writes `<mode>-<seed>.<share>.jsonl`.
 """
 
 import hashlib
@@ -15,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.config import MODES as MODES
 from rpo_jax.errors import UserError
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import FORMATS, PromptFormat
 from rpo_jax.exams.responses import Response, parse_response, to_record
 
-ANSWER_ONLY, EXPLAIN_FIRST = "answer_only", "explain_first"
-MODES = (ANSWER_ONLY, EXPLAIN_FIRST)
+ANSWER_ONLY, EXPLAIN_FIRST = MODES
+_RESPONSES = "responses"
 NEXT_QUESTION = "\n問題:"  # how a model that does not stop begins another question
 
 _PROMPTS = {  # by mode and demonstrations
@@ -92,6 +95,23 @@ class Ask:
     prompt: str
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a sitting that one of several hosts asks: each `count`-th, from `number` on."""
+
+    number: int = 0
+    count: int = 1
+
+    def take(self, asks: Sequence[Ask]) -> Sequence[Ask]:
+        """What this host asks."""
+        return asks[self.number :: self.count]
+
+    def name_file(self, mode: str, seed: int) -> str:
+        """Where it writes, in the folder of responses."""
+        own = f".{self.number}of{self.count}" if self.count > 1 else ""
+        return f"{mode}-{seed}{own}.jsonl"
+
+
 Answer = Callable[[Sequence[Ask]], Iterator[tuple[Ask, Response]]]
 
 
@@ -129,7 +149,7 @@ def open_sitting(folder: Path, sitting: Sitting) -> None:
     path = folder / "sitting.json"
     wanted = json.loads(json.dumps(asdict(sitting)))
     if not path.exists():
-        (folder / "responses").mkdir(parents=True, exist_ok=True)
+        (folder / _RESPONSES).mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, ensure_ascii=False, indent=2) + "\n")
         return
     there = asdict(read_sitting(folder))
@@ -169,6 +189,7 @@ def ask_all(
     asks: Sequence[Ask],
     answer: Answer,
     answered: Callable[[Ask, Response], None] = lambda ask, response: None,
+    share: Share | None = None,
 ) -> None:
     """Asks what has no answer on disk yet; each answer is on disk before the next is awaited.
 
@@ -177,13 +198,15 @@ def ask_all(
         asks: everything that belongs to it.
         answer: puts questions of one mode to the model.
         answered: is told of each answer, those that were there already first.
+        share: of them that is asked here, and that `answered` is told of; default: all.
     """
+    share = share or Share()
     left: dict[str, list[Ask]] = {}
-    stored = {
-        (mode, seed): {r.id: r for r in read_answers(folder, mode, seed)}
-        for mode, seed in dict.fromkeys((ask.mode, ask.seed) for ask in asks)
-    }
-    for ask in asks:
+    stored = {}
+    for mode, seed in dict.fromkeys((ask.mode, ask.seed) for ask in asks):
+        _cut_torn_line(folder / _RESPONSES / share.name_file(mode, seed))
+        stored[mode, seed] = {r.id: r for r in read_answers(folder, mode, seed)}
+    for ask in share.take(asks):
         there = stored[ask.mode, ask.seed].get(ask.question.id)
         if there:
             answered(ask, there)
@@ -191,40 +214,38 @@ def ask_all(
             left.setdefault(ask.mode, []).append(ask)
     for rest in left.values():
         for ask, response in answer(rest):
-            _append(_path(folder, ask.mode, ask.seed), response)
+            _append(folder / _RESPONSES / share.name_file(ask.mode, ask.seed), response)
             answered(ask, response)
 
 
 def list_answers(folder: Path) -> list[tuple[str, int]]:
     """The (mode, seed) of a sitting's files, in the order of modes and seeds."""
-    stems = [path.stem.rpartition("-") for path in (folder / "responses").glob("*-*.jsonl")]
-    found = [(mode, int(seed)) for mode, _, seed in stems if mode in MODES and seed.isdecimal()]
+    files = (folder / _RESPONSES).glob("*-*.jsonl")
+    stems = [path.name.partition(".")[0].rpartition("-") for path in files]
+    found = {(mode, int(seed)) for mode, _, seed in stems if mode in MODES and seed.isdecimal()}
     return sorted(found, key=lambda pair: (MODES.index(pair[0]), pair[1]))
 
 
 def read_answers(folder: Path, mode: str, seed: int) -> list[Response]:
-    """The answers on disk; a last line that a kill tore apart is cut off.
+    """The answers on disk, of all shares; a last line that a kill tore apart is left out.
 
     Raises:
         UserError: another line is damaged, or a question was answered twice.
     """
-    path = _path(folder, mode, seed)
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
     responses: dict[str, Response] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        where = f"{path}:{number}"
-        try:
-            response = parse_response(where, json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{where}: damaged ({error}); delete that line") from error
-        if response.id in responses:
-            raise UserError(f"{where}: {response.id} was answered before; delete one of the lines")
-        responses[response.id] = response
+    for path in sorted((folder / _RESPONSES).glob(f"{mode}-{seed}.*jsonl")):
+        content = path.read_bytes()
+        for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
+            where = f"{path}:{number}"
+            try:
+                response = parse_response(where, json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{where}: damaged ({error}); delete that line") from error
+            if response.id in responses:
+                raise UserError(
+                    f"{where}: {response.id} was answered before; delete one of the lines"
+                )
+            responses[response.id] = response
     return list(responses.values())
 
 
@@ -243,8 +264,15 @@ def _append(path: Path, response: Response) -> None:
         os.fsync(file.fileno())
 
 
-def _path(folder: Path, mode: str, seed: int) -> Path:
-    return folder / "responses" / f"{mode}-{seed}.jsonl"
+def _cut_torn_line(path: Path) -> None:
+    """Takes off what a kill left of a last line, so that the next one begins anew."""
+    if path.exists():
+        os.truncate(path, _whole(path.read_bytes()))
+
+
+def _whole(content: bytes) -> int:
+    """The bytes of the lines that are whole."""
+    return content.rfind(b"\n") + 1
 
 
 def describe_settings(sitting: Sitting) -> dict[str, Any]:
