@@ -200,8 +200,8 @@ class Pair:
     )
     max_letter_ratio: float = option(
         2.0,
-        "a letter may be dispreferred at most so many times as often as it is preferred, or pairs "
-        "that disprefer it are left out; 0: however often",
+        "a letter may be dispreferred at most so many times as often as it is preferred (and one "
+        "time more), or pairs that disprefer it are left out; 0: however often",
         at_least=0.0,
     )
     heldout_share: float = option(

@@ -1,5 +1,6 @@
 """Sittings: each question once, whatever kills them; and nothing mixed up."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from rpo_jax.exams.asking import (
     MODES,
     Ask,
     Drawing,
+    Share,
     ask_all,
     choose_questions,
     find_prompt,
@@ -176,3 +178,34 @@ def test_what_is_written_can_be_scored_as_a_file(tmp_path, exam):
     record = json.loads(lines[0])
     assert set(record) == {"id", "text", "prediction", "stop_reason", "tokens"}
     assert os.listdir(tmp_path / "responses")
+
+
+def test_shares_of_several_hosts_are_everything_once(tmp_path, exam):
+    directory, questions = exam
+    open_sitting(tmp_path, plan_sitting(directory, questions))
+    asks, asked = make_asks(questions[:7]), []
+    for breaks_after in (3, 10**9):  # each host is broken off once, and goes on
+        for number in range(3):
+            model, told = Model(breaks_after), []
+            share = Share(number, 3)
+            with contextlib.suppress(RuntimeError):
+                ask_all(tmp_path, asks, model, lambda ask, _, told=told: told.append(ask), share)
+            asked += model.asked
+            torn = tmp_path / "responses" / "explain_first-1.1of3.jsonl"
+            if number == 1 and breaks_after == 3:
+                with torn.open("ab") as file:  # in the middle of a line, while others work
+                    file.write(b'{"id": "1')
+                left = torn.read_bytes()
+            elif number != 1:
+                assert not torn.exists() or breaks_after > 3 or torn.read_bytes() == left
+        if breaks_after > 3:
+            assert {id(ask) for ask in told} == {id(ask) for ask in asks[2::3]}
+    assert len(asked) == len(set(asked)) == len(asks)
+    assert list_answers(tmp_path) == [(m, s) for m in MODES for s in (0, 1)]
+    for mode, seed in list_answers(tmp_path):
+        answers = read_answers(tmp_path, mode, seed)
+        assert {answer.id for answer in answers} == {question.id for question in questions[:7]}
+    # One host alone finds nothing left to ask.
+    model = Model()
+    ask_all(tmp_path, asks, model)
+    assert model.asked == []

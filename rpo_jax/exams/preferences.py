@@ -217,7 +217,8 @@ def balance_letters(
 
     Args:
         preferences: with the name of each; the last ones go first.
-        ratio: most times that a letter is dispreferred for each time that it is preferred; 0: any.
+        ratio: most times that a letter is dispreferred for each time that it is preferred, and one
+            time more (few pairs say little); 0: any.
         pairs: the ledger of pairs.
     """
     kept = dict(enumerate(preferences))
@@ -229,11 +230,11 @@ def balance_letters(
 
     def find_worst() -> str | None:
         over = {
-            letter: count - ratio * letters.preferred[letter]
+            letter: count - ratio * (letters.preferred[letter] + 1)
             for letter, count in letters.dispreferred.items()
-            if count > ratio * letters.preferred[letter]
         }
-        return max(over, key=lambda letter: (over[letter], letter), default=None)
+        worst = max(over, key=lambda letter: (over[letter], letter), default=None)
+        return worst if worst and over[worst] > 0 else None
 
     while ratio and (worst := find_worst()):
         place = by_letter[worst].pop()
