@@ -55,7 +55,7 @@ class Candidate:
 def judge(exam: Exam, question: Question, mode: str, key: str, response: Response) -> Candidate:
     """The response with what the exam's key says of it."""
     one = mark(exam, question, response)
-    verdict = RIGHT if one.extracted else WRONG if one.extraction.answer else UNCLEAR
+    verdict = UNCLEAR if not one.extraction.answer else RIGHT if one.extracted else WRONG
     return Candidate(
         question.id,
         mode,

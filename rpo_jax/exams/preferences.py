@@ -93,10 +93,12 @@ class Letters:
 
     def excess(self, preference: Preference) -> int:
         """How much a preference would add to what is out of balance; less is better."""
-        gap = self.dispreferred - self.preferred
-        lack = self.preferred - self.dispreferred
-        down = sum(gap[x] - lack[x] for x in preference.dispreferred_letters)
-        return down - sum(gap[x] - lack[x] for x in preference.preferred_letters)
+
+        def lean(letter: str) -> int:
+            return self.dispreferred[letter] - self.preferred[letter]
+
+        down = sum(map(lean, preference.dispreferred_letters))
+        return down - sum(map(lean, preference.preferred_letters))
 
 
 def sort_texts(
@@ -109,9 +111,9 @@ def sort_texts(
     """The texts of a question in one mode, by tier.
 
     Answers alone are written as the prompt's format has them, right ones as the key has them: how a
-    letter or a number is spelt is no preference. An answer that was cut off is of no
-    use, for nobody knows how it ends; nor is a right one that goes on after its answer, which would
-    teach just that. The same text counts once.
+    letter or a number is spelt is no preference. An answer that was cut off is of no use, for
+    nobody knows how it ends; nor is a right one that goes on after its answer, which would teach
+    just that. The same text counts once.
 
     Args:
         question: which.
@@ -166,33 +168,28 @@ def prefer(
         letters: of all preferences so far; those chosen here are added.
         pairs: the ledger of pairs.
     """
-    options = [
-        Preference(chosen, rejected, (better, worse))
-        for better, worse in STRATEGIES[rules.strategy]
-        for chosen, rejected in itertools.product(tiers[better], tiers[worse])
-    ]
+    options: dict[Preference, str] = {}
     texts: set[tuple[str, str]] = set()
-    for one in list(options):
-        same = (one.chosen.text, one.rejected.text) in texts
-        texts.add((one.chosen.text, one.rejected.text))
-        problem = "the texts of another pair" if same else _find_problem(one, rules)
-        if problem:
-            options.remove(one)
-            pairs.drop(problem, _name(question, one))
-    ranks = {id(one): digest([question, one.chosen.text, one.rejected.text]) for one in options}
+    for relation in STRATEGIES[rules.strategy]:
+        better, worse = (tiers[tier] for tier in relation)
+        for chosen, rejected in itertools.product(better, worse):
+            one, both = Preference(chosen, rejected, relation), (chosen.text, rejected.text)
+            problem = "the texts of another pair" if both in texts else _find_problem(one, rules)
+            texts.add(both)
+            if problem:
+                pairs.drop(problem, _name(question, one))
+            else:
+                options[one] = digest([question, *both])
     used: Counter[object] = Counter()
     found: list[Preference] = []
+
+    def rank(one: Preference) -> tuple[int, int, int, str]:
+        often = used[one.chosen.key] + used[one.rejected.key]
+        return used[one.relation], often, letters.excess(one), options[one]
+
     while options and len(found) < rules.pairs_per_question:
-        best = min(
-            options,
-            key=lambda one: (
-                used[one.relation],
-                used[one.chosen.key] + used[one.rejected.key],
-                letters.excess(one),
-                ranks[id(one)],
-            ),
-        )
-        options.remove(best)
+        best = min(options, key=rank)
+        del options[best]
         used.update((best.relation, best.chosen.key, best.rejected.key))
         letters.add(best)
         found.append(best)
