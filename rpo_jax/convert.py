@@ -39,15 +39,15 @@ from rpo_jax.training.origin import (
 )
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.weights.adapters import MergedArrays, list_factors, read_peft, write_peft
+from rpo_jax.weights.card import make_card, make_notice
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
+from rpo_jax.weights.history import History, tell_history
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.release import make_card
 from rpo_jax.weights.shards import is_remote, read_json
 from rpo_jax.weights.source import KEPT_FILES, Source, open_source
-from rpo_jax.weights.store import DTYPES
+from rpo_jax.weights.store import DTYPE_NAMES, DTYPES
 
-_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an answer, and the number 3.14.\n"
 
@@ -75,25 +75,34 @@ def export_command(args: argparse.Namespace) -> None:
     base = "none" if base.lower() == "none" else base
     if base != "none" and not _HUB_ID.fullmatch(base):
         raise UserError(
-            f"--base={args.base!r}: the card must name the base model, whose licence applies: give "
-            "its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
+            f"--base={args.base or ''}: the card must name the base model, whose licence applies: "
+            "give its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
         )
     if args.adapter:
         _export_adapters(weights, epath.Path(args.target), base)
         return
-    dtype = _DTYPES.get(args.dtype, weights.arrays.dtype)
-    stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
-    texts = (_read_text(path) for path in (args.method, args.data, args.results))
-    changes = export_weights(
-        weights,
-        args.target,
-        args.ram_budget_gib,
-        dtype,
-        make_card(base, stated, *texts),
-    )
-    for change in changes:
+    dtype = DTYPE_NAMES.get(args.dtype, weights.arrays.dtype)
+    papers = _write_papers(weights, base, dtype, args)
+    for change in export_weights(weights, args.target, args.ram_budget_gib, dtype, papers):
         print(change)
+    if "NOTICE" in papers and not (args.target / "LICENSE").exists():
+        print(f"LICENSE: the licence of {base} wants a copy of itself in {args.target}; add it")
     print(f"{args.target}: step {weights.step}, {dtype}")
+
+
+def _write_papers(
+    weights: Weights, base: str, dtype: str, args: argparse.Namespace
+) -> dict[str, bytes]:
+    """The card, from what the runs tell and what was given instead, and the licence's notice."""
+    history = History()
+    if not is_remote(weights.folder):
+        history = tell_history(Path(weights.folder), weights.step)
+    given = {name: _read_text(getattr(args, name)) for name in vars(history)}
+    history = replace(history, **{name: text for name, text in given.items() if text})
+    stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
+    notice = make_notice(base)
+    card = make_card(base, stated, not weights.sums, history)
+    return {"README.md": card} | ({"NOTICE": notice} if notice else {})
 
 
 def verify_command(args: argparse.Namespace) -> None:
@@ -367,10 +376,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_export(
         "--adapter", action="store_true", help="the adapters alone, as PEFT loads them, unmerged"
     )
-    add_export("--dtype", choices=sorted(_DTYPES), help="by default that of the checkpoint")
+    add_export("--dtype", choices=sorted(DTYPE_NAMES), help="by default that of the checkpoint")
     add_export("--base", help="hub id of the base model, or none; by default what was imported")
     for name in ("method", "data", "results"):
-        add_export(f"--{name}", help=f"Markdown file for the card's section on {name}")
+        add_export(
+            f"--{name}",
+            help=f"Markdown file for the card's section on {name}; by default what the runs tell",
+        )
     add_verify("--against", help="folder or hub id that transformers loads, to compare logits with")
     add_verify("--text", help="UTF-8 file with the text to compare on")
     add_verify(
@@ -382,6 +394,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
     args = make_parser().parse_args(argv)
+    # Files are moved: no accelerator is taken, no other host of a pod waited for, and what verify
+    # computes is float32 throughout.
+    jax.config.update("jax_platforms", "cpu")
     with exit_on_error():
         args.run(args)
 

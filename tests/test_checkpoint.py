@@ -76,6 +76,8 @@ def test_what_is_saved_is_read_in_small_chunks(tmp_path, monkeypatch):
     step = epath.Path(tmp_path / "checkpoints" / "0")
     arrays = open_arrays(step, list_tensors(shape), shape.num_hidden_layers)
     assert 500 < arrays.largest_chunk() <= 2000
+    stacked = [array for path, array in arrays.by_path.items() if path.startswith("layers/")]
+    assert {array.chunk_layout.read_chunk.shape[0] for array in stacked} == {1}
     _, params = load_params(tmp_path, abstract_weights(NETWORK, EIGHT))
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 

@@ -23,6 +23,7 @@ from rpo_jax.training.checkpoint import open_checkpoints, save_state
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import TrainState, abstract_weights
 from rpo_jax.weights import store
+from rpo_jax.weights.exporting import open_weights, verify_checksums
 from rpo_jax.weights.names import from_hf, list_tensors
 from rpo_jax.weights.shards import read_shard
 from rpo_jax.weights.source import open_source
@@ -182,6 +183,34 @@ def test_export_of_a_run(tmp_path: Path, trained_in: str, small_pieces: None) ->
             assert (from_hf(held[tensor.name], tensor) == want).all(), tensor.name
 
 
+def test_an_export_reads_the_chunks_of_a_run_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax cuts as the mesh does, across our pieces; larger ones then read a chunk only once."""
+    monkeypatch.setattr(store, "PIECE_BYTES", 700)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, seq=1, tensor=1))
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(jax.numpy.ones(leaf.shape, leaf.dtype), leaf.sharding),
+        abstract_weights(network(SHAPE), mesh),
+    )
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(shape_to_hf(SHAPE)))
+    with open_checkpoints(tmp_path / "run", CheckpointConfig(keep=1)) as checkpoints:
+        save_state(checkpoints, TrainState(jax.numpy.int32(0), params, ()))
+    weights = open_weights(epath.Path(tmp_path / "run"))
+    reads: dict[str, int] = {}
+    read = store.Arrays.read
+
+    def count(self: store.Arrays, piece: store.Piece) -> np.ndarray:
+        reads[piece.tensor.name] = reads.get(piece.tensor.name, 0) + 1
+        return read(self, piece)
+
+    monkeypatch.setattr(store.Arrays, "read", count)
+    verify_checksums(weights, 4.0)
+    assert set(reads.values()) == {1} and reads.keys() == weights.tensors.keys()
+    assert sum(len(list(cut_pieces(tensor, "BF16"))) for tensor in weights.tensors.values()) > 100
+
+
 def test_another_dtype_keeps_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "in", TIED)
     import_(source, tmp_path / "model")
@@ -215,21 +244,6 @@ def test_export_stops_at_the_end_of_text(
         assert f"eos_token_id is now {END_OF_TEXT}" in capsys.readouterr().out
         made = json.loads((tmp_path / f"out{name}" / "generation_config.json").read_text())
         assert made["eos_token_id"] == END_OF_TEXT
-
-
-def test_the_card_says_whose_it_is_and_what_not_to_do(tmp_path: Path) -> None:
-    import_(write_checkpoint(tmp_path / "in", TIED), tmp_path / "model")
-    (tmp_path / "results.md").write_text("IgakuQA 2022: 0.5")
-    words = ("--source", tmp_path / "model", "--results", tmp_path / "results.md")
-    run("export", *words, "--target", tmp_path / "a", "--base", "Qwen/Qwen2.5-72B")
-    run("export", *words, "--target", tmp_path / "b", "--base", "Qwen/Qwen2.5-7B")
-    run("export", *words, "--target", tmp_path / "c", "--base", "none")
-    big, small, none = ((tmp_path / x / "README.md").read_text() for x in "abc")
-    assert "license_name: qwen\n" in big and "Built with Qwen" in big
-    assert "license: apache-2.0" in small and "base_model: Qwen/Qwen2.5-7B\n" in small
-    assert "base_model" not in none
-    for card in (big, small, none):
-        assert "Do not use it to diagnose" in card and "IgakuQA 2022: 0.5" in card
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from rpo_jax.weights.workplace import refuse_unfinished
 
 _FOLDER = "checkpoints"
 # A host of another mesh, or an export, reads whole chunks for the part of an array that it wants.
+# A chunk is of one layer: an export goes layer by layer, and would else read all for each of them.
 _CHUNK_BYTES = 32 * 2**20
 
 Read = Callable[[Any, jax.ShapeDtypeStruct], jax.Array]
@@ -38,12 +39,21 @@ def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Che
     """The checkpoints of a run, the newest `config.keep` of them; closing waits for saves."""
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.array.saving.scoped_storage_options_creator = _cut_layers
     return ocp.training.Checkpointer(
         (folder / _FOLDER).absolute(),
         context=context,
         preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
         cleanup_tmp_directories=True,
     )
+
+
+def _cut_layers(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """Cuts what is stacked over layers, weights and optimizer moments alike, along that axis."""
+    keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if "layers" not in keys or not leaf.ndim:
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 
 
 def save_state(checkpoints: ocp.training.Checkpointer, state: TrainState) -> None:

@@ -7,7 +7,6 @@ end, and merged on the way, one array at a time and in float32.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from rpo_jax.config import Checkpoint, Config, Lora
@@ -39,6 +39,7 @@ from rpo_jax.training.checkpoint import (
     open_params,
 )
 from rpo_jax.training.state import abstract_weights, join_params, make_params, split_params
+from rpo_jax.weights.manifest import fingerprint_step
 
 NOTE = "adapters.json"
 
@@ -160,11 +161,11 @@ def fingerprint_checkpoint(folder: Path, step: int) -> str:
     Raises:
         UserError: it is not there.
     """
-    path = folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    path = folder / "checkpoints" / str(step)
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return fingerprint_step(epath.Path(path))[:16]
     except OSError as error:
-        raise UserError(f"{path.parent}: the checkpoint is not there ({error})") from error
+        raise UserError(f"{path}: the checkpoint is not there ({error})") from error
 
 
 def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:

@@ -92,6 +92,10 @@ class MergedArrays:
         """Of the base."""
         return self.base.dtype
 
+    def chunk_steps(self, tensor: Tensor) -> int:
+        """As of the base."""
+        return self.base.chunk_steps(tensor)
+
     def largest_chunk(self) -> int:
         """As of the base."""
         return self.base.largest_chunk()

@@ -114,7 +114,11 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
 
 
 def export_weights(
-    weights: Weights, target: epath.Path, ram_budget_gib: float, dtype: str | None, card: bytes
+    weights: Weights,
+    target: epath.Path,
+    ram_budget_gib: float,
+    dtype: str | None,
+    papers: dict[str, bytes],
 ) -> list[str]:
     """Writes a checkpoint that transformers and vLLM load.
 
@@ -126,7 +130,8 @@ def export_weights(
         target: a folder that does not exist yet.
         ram_budget_gib: anonymous memory of this process, GiB.
         dtype: "BF16" or "F32"; None keeps that of the checkpoint.
-        card: the model card, README.md.
+        papers: what goes beside the weights by name, such as the model card; what the model folder
+            kept under that name goes before.
 
     Returns:
         What is not as it was imported in the small files, a line each.
@@ -150,7 +155,7 @@ def export_weights(
             raise UserError(f"{folder}: another process is at work there")
         _fill(weights, shards, folder, ram_budget_gib, dtype)
         kept, changes = describe_release(weights.folder / "model", dtype)
-        files = kept | {"README.md": card}
+        files = papers | kept
         if index is not None or shards[0].file == SINGLE:
             files.pop(INDEX, None)
         if index is not None:
@@ -173,15 +178,15 @@ def _fill(
         with write_steadily(draft) as write:
             header = shard.header.encode()
             write(len(header).to_bytes(8, "little") + header)
-            for block in _read(weights, shard, dtype, ahead):
+            for block in _read(weights, shard, dtype, pace):
                 write(block)
                 advance(len(block))
         if draft.name != shard.file:
             draft.rename(folder / shard.file)
 
-    threads, ahead = _count_threads(weights, ram_budget_gib, dtype)
+    pace = _set_pace(weights, ram_budget_gib, dtype)
     with show_progress("export", total, total - left) as progress:
-        run_all(write_shard, todo, threads, progress)
+        run_all(write_shard, todo, pace.threads, progress)
 
 
 def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
@@ -193,12 +198,12 @@ def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:
     shards, _ = plan_shards(weights, weights.arrays.dtype)
 
     def check_shard(shard: Shard, advance: Callable[[int], None]) -> None:
-        for block in _read(weights, shard, weights.arrays.dtype, ahead):
+        for block in _read(weights, shard, weights.arrays.dtype, pace):
             advance(len(block))
 
-    threads, ahead = _count_threads(weights, ram_budget_gib, weights.arrays.dtype)
+    pace = _set_pace(weights, ram_budget_gib, weights.arrays.dtype)
     with show_progress("verify", sum(map(_count_data, shards))) as progress:
-        run_all(check_shard, shards, threads, progress)
+        run_all(check_shard, shards, pace.threads, progress)
 
 
 def plan_shards(weights: Weights, dtype: str) -> tuple[list[Shard], bytes | None]:
@@ -242,8 +247,16 @@ def _count_data(shard: Shard) -> int:
     return sum(entry.size for entry in shard.entries)
 
 
-def _count_threads(weights: Weights, ram_budget_gib: float, dtype: str) -> tuple[int, int]:
-    """How many shards to work on at once, and how many pieces of each may be in memory."""
+@dataclass(frozen=True)
+class _Pace:
+    """How the memory is used: shards at once, pieces of each under way, and how large these are."""
+
+    threads: int
+    ahead: int
+    times: int = 1
+
+
+def _set_pace(weights: Weights, ram_budget_gib: float, dtype: str) -> _Pace:
     stored = weights.arrays.dtype
     pieces = count_pieces(
         ram_budget_gib,
@@ -253,10 +266,15 @@ def _count_threads(weights: Weights, ram_budget_gib: float, dtype: str) -> tuple
         extra=weights.arrays.largest_chunk(),
     )
     ahead = min(pieces, 2)
-    return count_threads(pieces // ahead), ahead
+    for tensor in weights.tensors.values():
+        if weights.arrays.chunk_steps(tensor) > next(cut_pieces(tensor, stored)).stop:
+            # A run's chunks follow its mesh. All pieces that touch one read it again: few large
+            # pieces are better than many at once. Of a shard, no more than four are in memory.
+            return _Pace(1, ahead, pieces)
+    return _Pace(count_threads(pieces // ahead), ahead)
 
 
-def _read(weights: Weights, shard: Shard, dtype: str, ahead: int) -> Iterator[memoryview]:
+def _read(weights: Weights, shard: Shard, dtype: str, pace: _Pace) -> Iterator[memoryview]:
     """The data of a shard in the order of the file, in small blocks; checks what it reads."""
     stored = weights.arrays.dtype
     tensors = [weights.tensors[entry.name] for entry in shard.entries]
@@ -265,8 +283,8 @@ def _read(weights: Weights, shard: Shard, dtype: str, ahead: int) -> Iterator[me
     def read(piece: Piece) -> np.ndarray:
         return np.ascontiguousarray(weights.arrays.read(piece), DTYPES[dtype])
 
-    pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored)]
-    for piece, rows in zip(pieces, read_ahead(read, pieces, ahead), strict=True):
+    pieces = [piece for tensor in tensors for piece in cut_pieces(tensor, stored, pace.times)]
+    for piece, rows in zip(pieces, read_ahead(read, pieces, pace.ahead), strict=True):
         name = piece.tensor.name
         for block in cut_blocks(rows):
             check_finite(block, f"{weights.folder_of_step}: {name}")

@@ -30,6 +30,7 @@ from rpo_jax.weights.shards import ITEM_BYTES, is_remote, read_json
 CHECKPOINTS = "checkpoints"
 PIECE_BYTES = 32 * 2**20
 DTYPES: dict[str, np.dtype] = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
+DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 _PARAMS = "params"
 # Most steps along each axis in one chunk. Meshes cut D finely (fsdp) and heads, F and V coarsely.
@@ -62,10 +63,10 @@ class Piece:
         return (*([] if self.tensor.layer is None else [self.tensor.layer]), *where)
 
 
-def cut_pieces(tensor: Tensor, dtype: str) -> Iterator[Piece]:
-    """The pieces of a tensor, in the order of its rows."""
+def cut_pieces(tensor: Tensor, dtype: str, times: int = 1) -> Iterator[Piece]:
+    """The pieces of a tensor, in the order of its rows; `times` as large as those of an import."""
     steps = tensor.shape[tensor.row_axis]
-    each = _piece_steps(tensor, dtype)
+    each = min(steps, times * _piece_steps(tensor, dtype))
     for start in range(0, steps, each):
         yield Piece(tensor, start, min(start + each, steps))
 
@@ -197,18 +198,41 @@ class Arrays:
     def read(self, piece: Piece) -> np.ndarray:
         """The HF rows of a piece."""
         tensor = piece.tensor
-        source = self.by_path[tensor.path][piece.place]
+        # Turned before it is read, so that TensorStore need not turn it in memory.
+        turned = ts.d[tensor.order].transpose[:].translate_to[0]
+        source = self.by_path[tensor.path][piece.place][turned]
+        values = np.empty(source.shape, DTYPES[self.dtype])
         try:
-            # Turned before it is read, so that TensorStore need not turn it in memory.
-            values = source[ts.d[tensor.order].transpose[:]].read().result()
+            for part in _cut_slabs(source, tensor.order.index(tensor.row_axis)):
+                values[part] = source[part].read().result()
         except (ValueError, OSError) as error:
             raise UserError(f"{tensor.path}: cannot be read, damaged on disk? {error}") from error
         return values.reshape(piece.hf_shape)
+
+    def chunk_steps(self, tensor: Tensor) -> int:
+        """Steps along the row axis of a tensor that are read where one of them is wanted."""
+        layered = tensor.layer is not None
+        return self.by_path[tensor.path].chunk_layout.read_chunk.shape[layered + tensor.row_axis]
 
     def largest_chunk(self) -> int:
         """Bytes that reading a single value may bring into memory."""
         shapes = [array.chunk_layout.read_chunk.shape for array in self.by_path.values()]
         return max(math.prod(shape) for shape in shapes) * ITEM_BYTES[self.dtype]
+
+
+def _cut_slabs(source: Any, row: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of what is read that touch few chunks: TensorStore brings all into memory at once.
+
+    They divide the axis along which most chunks lie, other than that of the rows.
+    """
+    chunk = source.chunk_layout.read_chunk.shape
+    counts = [-(-size // each) for size, each in zip(source.shape, chunk, strict=True)]
+    axis = max(set(range(source.ndim)) - {row}, key=counts.__getitem__, default=row)
+    touched = math.prod(map(math.prod, zip(counts, chunk, strict=True)))
+    most = 2 * PIECE_BYTES // (source.dtype.numpy_dtype.itemsize * touched // counts[axis])
+    step = chunk[axis] * max(1, most)
+    for start in range(0, source.shape[axis], step):
+        yield (*[slice(None)] * axis, slice(start, min(start + step, source.shape[axis])))
 
 
 def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arrays:
@@ -241,9 +265,10 @@ def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arr
     except ValueError as error:
         raise UserError(f"{step}: cannot be read, damaged? {error}") from error
     dtypes = {array.dtype.name for array in arrays.values()}
-    names = {np_dtype.name: name for name, np_dtype in DTYPES.items()}
-    if len(dtypes) > 1 or not dtypes <= names.keys():
-        raise UserError(f"{step}: weights are {sorted(dtypes)}; one of {sorted(names)} is wanted")
+    if len(dtypes) > 1 or not dtypes <= DTYPE_NAMES.keys():
+        raise UserError(
+            f"{step}: weights are {sorted(dtypes)}; one of {sorted(DTYPE_NAMES)} is wanted"
+        )
     for path, array in arrays.items():
         stacked = () if wanted[path].layer is None else (layers,)
         if array.shape != (*stacked, *wanted[path].shape):
@@ -251,4 +276,4 @@ def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arr
                 f"{step}: {path} is {array.shape}, the shape in model/config.json wants "
                 f"{(*stacked, *wanted[path].shape)}"
             )
-    return Arrays(arrays, names[dtypes.pop()])
+    return Arrays(arrays, DTYPE_NAMES[dtypes.pop()])
