@@ -14,7 +14,6 @@ An interrupted import or export goes on where it stopped when the same command i
 import argparse
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -42,13 +41,13 @@ from rpo_jax.weights.adapters import MergedArrays, list_factors, read_peft, writ
 from rpo_jax.weights.card import make_card, make_notice
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
 from rpo_jax.weights.history import History, tell_history
+from rpo_jax.weights.hub import fetch_config, find_source, is_hub_id
 from rpo_jax.weights.importing import Part, import_weights
-from rpo_jax.weights.names import Tensor
+from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import is_remote, read_json
-from rpo_jax.weights.source import KEPT_FILES, Source, open_source
+from rpo_jax.weights.source import open_source
 from rpo_jax.weights.store import DTYPE_NAMES, DTYPES
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an answer, and the number 3.14.\n"
 
 
@@ -57,7 +56,7 @@ def import_command(args: argparse.Namespace) -> None:
     if args.base:
         _import_adapters(epath.Path(args.source), Path(args.base), Path(args.target))
         return
-    source = find_source(args.source, args.revision)
+    source = find_source(args.source, args.revision, args.target)
     if import_weights(source, args.target, args.ram_budget_gib, args.part):
         print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
     else:
@@ -73,25 +72,25 @@ def export_command(args: argparse.Namespace) -> None:
     imported = weights.manifest
     base = args.base or (imported.source if imported and imported.commit else "")
     base = "none" if base.lower() == "none" else base
-    if base != "none" and not _HUB_ID.fullmatch(base):
+    if base != "none" and not is_hub_id(base):
         raise UserError(
             f"--base={args.base or ''}: the card must name the base model, whose licence applies: "
             "give its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
         )
     if args.adapter:
-        _export_adapters(weights, epath.Path(args.target), base)
+        _export_adapters(weights, base, args)
         return
     dtype = DTYPE_NAMES.get(args.dtype, weights.arrays.dtype)
-    papers = _write_papers(weights, base, dtype, args)
+    stated = f"{_count(weights.tensors.values()):,} parameters, {dtype}"
+    papers = _write_papers(weights, base, stated, "transformers", args)
     for change in export_weights(weights, args.target, args.ram_budget_gib, dtype, papers):
         print(change)
-    if "NOTICE" in papers and not (args.target / "LICENSE").exists():
-        print(f"LICENSE: the licence of {base} wants a copy of itself in {args.target}; add it")
+    _tell_what_is_wanted(args.target, base)
     print(f"{args.target}: step {weights.step}, {dtype}")
 
 
 def _write_papers(
-    weights: Weights, base: str, dtype: str, args: argparse.Namespace
+    weights: Weights, base: str, stated: str, library: str, args: argparse.Namespace
 ) -> dict[str, bytes]:
     """The card, from what the runs tell and what was given instead, and the licence's notice."""
     history = History()
@@ -99,10 +98,15 @@ def _write_papers(
         history = tell_history(Path(weights.folder), weights.step)
     given = {name: _read_text(getattr(args, name)) for name in vars(history)}
     history = replace(history, **{name: text for name, text in given.items() if text})
-    stated = f"Step {weights.step}, {_count(weights.tensors.values()):,} parameters, {dtype}."
     notice = make_notice(base)
-    card = make_card(base, stated, not weights.sums, history)
+    which = f"Step {weights.step}, {stated}."
+    card = make_card(base, which, not weights.sums, history, library)
     return {"README.md": card} | ({"NOTICE": notice} if notice else {})
+
+
+def _tell_what_is_wanted(target: epath.Path, base: str) -> None:
+    if (target / "NOTICE").exists() and not (target / "LICENSE").exists():
+        print(f"LICENSE: the licence of {base} wants a copy of itself in {target}; add it")
 
 
 def verify_command(args: argparse.Namespace) -> None:
@@ -122,7 +126,7 @@ def verify_command(args: argparse.Namespace) -> None:
 
 
 def inspect_command(args: argparse.Namespace) -> None:
-    """Describes a model folder, or a folder of safetensors, from its headers alone."""
+    """Describes a model folder, or safetensors, from headers alone; a hub id from its config."""
     folder = epath.Path(args.source)
     if (folder / "model").is_dir():
         weights = open_model(epath.Path(args.source), args.step)
@@ -133,8 +137,12 @@ def inspect_command(args: argparse.Namespace) -> None:
             print(f"  adapters over {adapters.base}, step {adapters.step}; merged in what follows")
             for name in ("rank", "alpha", "targets"):
                 print(f"  {name}: {getattr(adapters.lora, name)}")
+    elif is_hub_id(args.source) and not folder.is_dir():
+        fetched, shape, dtype = fetch_config(args.source, args.revision)
+        tensors = list_tensors(shape)
+        print(f"{args.source} at {fetched.name}: as its config says, the weights are not fetched")
     else:
-        source = find_source(args.source, args.revision)
+        source = open_source(folder)
         shape, dtype, tensors = source.shape, source.dtype, list(source.tensors)
         print(f"{source.directory}: safetensors")
         for shard in source.shards:
@@ -177,7 +185,7 @@ def _import_adapters(source: epath.Path, base: Path, target: Path) -> None:
     print(f"{target}: {count:,} parameters of adapters of rank {lora.rank} over {base}")
 
 
-def _export_adapters(weights: Weights, target: epath.Path, base: str) -> None:
+def _export_adapters(weights: Weights, base: str, args: argparse.Namespace) -> None:
     folder = Path(weights.folder)
     adapters = read_adapters(folder)
     if adapters is None:
@@ -196,38 +204,11 @@ def _export_adapters(weights: Weights, target: epath.Path, base: str) -> None:
             f"--adapter: {folder} trained the rows of {', '.join(adapters.lora.trained_tokens)} "
             "too, which this export does not hold; export it merged, without --adapter"
         )
-    write_peft(target, trained["lora"], adapters.lora, weights.shape, base)
-    print(f"{target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
-
-
-def find_source(source: str, revision: str | None = None) -> Source:
-    """A folder as it is; a hub id is fetched into the hub's cache, which keeps what has arrived.
-
-    Raises:
-        UserError: neither a folder nor a hub id, the download failed, or it is no Qwen2 checkpoint.
-    """
-    if epath.Path(source).is_dir() or not _HUB_ID.fullmatch(source):
-        return open_source(epath.Path(source))
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"{source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
-        ) from error
-    try:
-        files = [*KEPT_FILES, "*.safetensors"]
-        folder = snapshot_download(source, revision=revision, allow_patterns=files)
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{source}: no such folder, and the hub cannot be reached; files that arrived are "
-            "kept: give the same command again where there is a network"
-        ) from error
-    except Exception as error:  # whatever the hub or the network made of it is no bug of ours
-        raise UserError(
-            f"{source}: no such folder, and the hub did not give it ({error}); files that "
-            "arrived are kept: give the same command again"
-        ) from error
-    return open_source(epath.Path(folder), hub_id=source)
+    stated = f"adapters of rank {adapters.lora.rank} alone"
+    papers = _write_papers(weights, base, stated, "peft", args)
+    write_peft(args.target, trained["lora"], adapters.lora, weights.shape, base, papers)
+    _tell_what_is_wanted(args.target, base)
+    print(f"{args.target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
 
 
 def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
@@ -244,8 +225,8 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
         A function that gives the largest difference of any logit.
 
     Raises:
-        UserError: they are not installed, `against` is not such a model, or there is no
-            tokenizer.json to read the text with.
+        UserError: they are not installed, `against` is not such a model, ours lies in a bucket, or
+            there is no tokenizer.json to read the text with.
     """
     try:
         import torch
@@ -254,6 +235,8 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
         raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
     from tokenizers import Tokenizer
 
+    if is_remote(weights.folder):
+        raise UserError(f"--against: {weights.folder} is in a bucket; copy it to a disk first")
     peer = find_source(against)
     if peer.shape != weights.shape:
         raise UserError(f"--against={against}: has another shape than {weights.folder}")

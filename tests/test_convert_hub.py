@@ -32,6 +32,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("localhost", 0), Answer)
         self.files = files
+        self.commit = COMMIT
         self.cuts: dict[str, int] = {}
         self.starts: dict[str, list[int]] = {name: [] for name in files}
 
@@ -54,7 +55,9 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.startswith(f"/api/models/{NAME}"):
             siblings = [{"rfilename": name} for name in self.server.files]
-            data = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode()
+            data = json.dumps(
+                {"id": NAME, "sha": self.server.commit, "siblings": siblings}
+            ).encode()
             if "/tree/" in path:
                 entries = [
                     {"type": "file", "path": name, "size": len(raw), "oid": tag(raw)}
@@ -68,7 +71,11 @@ class Answer(BaseHTTPRequestHandler):
             self.send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             return
         data, start = self.server.files[name], 0
-        headers = {"ETag": f'"{tag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{tag(data)}"',
+            "X-Repo-Commit": self.server.commit,
+            "Accept-Ranges": "bytes",
+        }
         asked = self.headers.get("Range", "")
         if asked.startswith("bytes="):
             start = int(asked.removeprefix("bytes=").split("-")[0])
@@ -130,7 +137,7 @@ def test_without_a_network(tmp_path: Path) -> None:
 def test_a_broken_download_resumes(tmp_path: Path) -> None:
     shape = replace(SHAPE, vocab_size=200_000)
     files = read_files(write_checkpoint(tmp_path / "hub", shape, shards=2))
-    long, broken = "model-00002-of-00002.safetensors", "tokenizer.json"
+    long, broken = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
     assert len(files[long]) > 2 * CLIENT_STEP
     words = [sys.executable, "-m", "rpo_jax.convert", "import", f"--source={NAME}"]
     words += [f"--target={tmp_path / 'model'}"]
@@ -141,11 +148,27 @@ def test_a_broken_download_resumes(tmp_path: Path) -> None:
             "HF_HUB_DISABLE_XET": "1",
         }
 
-        def run() -> subprocess.CompletedProcess[str]:
+        def run(*changed: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                words, cwd=REPO, env=env, capture_output=True, text=True, timeout=300
+                changed or words, cwd=REPO, env=env, capture_output=True, text=True, timeout=300
             )
 
+        # What can be told from small files is told before a byte of the weights is fetched.
+        described = run(*words[:3], "inspect", f"--source={NAME}")
+        assert f"{NAME} at {COMMIT}" in described.stdout, described.stderr
+        assert "vocab_size: 200000" in described.stdout and "BF16" in described.stdout
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "thesis.tex").touch()
+        taken = run(*words[:-1], f"--target={tmp_path / 'taken'}")
+        assert taken.returncode == 2 and "is there already" in taken.stderr
+        config = hub.files["config.json"]
+        hub.files["config.json"] = config.replace(b'"qwen2"', b'"llama"')
+        hub.commit = COMMIT[::-1]
+        other = run()
+        assert other.returncode == 2 and "model_type='llama'" in other.stderr, other.stderr
+        hub.files["config.json"], hub.commit = config, COMMIT
+        assert not hub.starts[long] and not hub.starts[broken]
+        hub.starts["config.json"] = [0]
         hub.cuts = {long: 1, broken: 1000}
         first = run()
         assert first.returncode == 2, first.stderr
@@ -157,7 +180,8 @@ def test_a_broken_download_resumes(tmp_path: Path) -> None:
     # Within one command a file goes on where it broke off; the next one fetches what is missing.
     at_first, afterwards = hub.starts[long]
     assert at_first == 0 and afterwards >= CLIENT_STEP
-    assert all(starts == [0] for name, starts in hub.starts.items() if name not in (long, broken))
+    small = [starts for name, starts in hub.starts.items() if name not in (long, broken)]
+    assert small == [[0]] * len(small)
     manifest = json.loads((tmp_path / "model" / "model" / "manifest.json").read_text())
     assert manifest["source"] == NAME
     # Now the base of the card is known.

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rpo_jax.weights.flow import write_whole
 from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import read_json, read_shard
 from rpo_jax.weights.store import DTYPES, Piece
+from rpo_jax.weights.workplace import claim, find_workplace, give_name, hold
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -117,19 +119,25 @@ class MergedArrays:
 
 
 def write_peft(
-    target: epath.Path, pairs: dict[str, Any], lora: Lora, shape: ModelShape, base: str
+    target: epath.Path,
+    pairs: dict[str, Any],
+    lora: Lora,
+    shape: ModelShape,
+    base: str,
+    papers: dict[str, bytes],
 ) -> None:
     """Writes adapters as a folder that PEFT loads.
 
     Args:
-        target: a new folder.
+        target: a new folder, there once it is whole.
         pairs: our adapters of all layers, float32 on the host, as `init_adapters` lays them out.
         lora: rank, alpha and targets.
         shape: of the base.
         base: hub id or path of the base model, for PEFT to find it.
+        papers: what goes beside them by name, such as the model card.
 
     Raises:
-        UserError: the target exists.
+        UserError: the target exists, or unfinished work on something else does.
     """
     tensors, modules = {}, set()
     for stem, a, b in list_factors(pairs, lora, shape).values():
@@ -150,11 +158,18 @@ def write_peft(
         "use_rslora": False,
         "inference_mode": True,
     }
-    if target.exists():
-        raise UserError(f"{target}: is there already; choose another --target")
-    target.mkdir(parents=True)
-    write_whole(target / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    write_whole(target / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    files = papers | {
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    folder = find_workplace(target)
+    claim(folder, {"adapters": {name: sha256(data).hexdigest() for name, data in files.items()}})
+    with hold(folder, alone=True, wait=False) as held:
+        if not held:
+            raise UserError(f"{folder}: another process is at work there")
+        for name, data in files.items():
+            write_whole(folder / name, data)
+        give_name(folder, target)
 
 
 def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, Any]]:

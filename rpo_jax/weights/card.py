@@ -31,7 +31,9 @@ def make_notice(base: str) -> bytes:
     return f"{notice}\n".encode()
 
 
-def make_card(base: str, weights: str, trained: bool, history: History) -> bytes:
+def make_card(
+    base: str, weights: str, trained: bool, history: History, library: str = "transformers"
+) -> bytes:
     """A model card in the hub's format.
 
     Args:
@@ -39,9 +41,10 @@ def make_card(base: str, weights: str, trained: bool, history: History) -> bytes
         weights: which weights these are: step, number of parameters, dtype.
         trained: whether they are other than those of the base.
         history: how it was trained, on what, and what was measured.
+        library: that loads it, by the hub's name.
     """
     name = base.rpartition("/")[2]
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     front += ["tags:", "- medical", "- not-for-clinical-use"]
     if base == "none":
         origin = "Trained from random weights; there is no base model."
