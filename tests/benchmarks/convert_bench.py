@@ -5,6 +5,9 @@
 The widths are those of Qwen2.5-72B with fewer layers, so that the largest tensors are the real
 ones. Five layers are 13.8 GB, and three copies of that lie on the disk at a time. Run as root for a
 cold page cache; the result says whether it was cold. All times end when the data is on the disk.
+
+With --run_layers what a run saves from a mesh of 8 is exported too: Orbax lays that out in another
+way. The writing takes memory for the whole of it, 5 GB and 1.8 GB a layer.
 """
 
 import argparse
@@ -59,6 +62,35 @@ def write_source(folder: Path, layers: int) -> int:
     return sum(shard.size for shard in shards)
 
 
+def write_run(folder: Path, layers: int) -> int:
+    """What a run on fsdp=8 saves, of the same random values; the bytes of its weights."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import ml_dtypes
+
+    from rpo_jax.config import Checkpoint, Mesh
+    from rpo_jax.model.qwen2 import Network
+    from rpo_jax.sharding.mesh import make_mesh
+    from rpo_jax.training.checkpoint import open_checkpoints
+    from rpo_jax.training.state import abstract_weights
+
+    shape = replace(load_shape("qwen2.5-72b"), num_hidden_layers=layers)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps(shape_to_hf(shape)))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        bits = rng.integers(0, 2**16, leaf.shape, np.uint16) & 0xBFFF
+        return jax.device_put(bits.view(ml_dtypes.bfloat16), leaf.sharding)
+
+    mesh = make_mesh(Mesh(data=1, fsdp=8, seq=1, tensor=1))
+    weights = jax.tree.map(fill, abstract_weights(Network(shape, param_dtype="bfloat16"), mesh))
+    with open_checkpoints(folder, Checkpoint(keep=1)) as checkpoints:
+        checkpoints.save_checkpointables(0, {"params": weights})
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
 def forget_pages() -> bool:
     """Writes everything out and empties the page cache; whether that was allowed."""
     os.sync()
@@ -100,6 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--ram_budget_gib", type=float, default=2.0)
     parser.add_argument("--nice", type=int, default=0, help="of all commands; root may go below 0")
+    parser.add_argument("--run_layers", type=int, default=0, help="of a run exported too; 0: none")
     parser.add_argument("--out", type=Path, required=True, help="JSON with the figures")
     args = parser.parse_args()
     root = args.folder / "convert_bench"
@@ -133,6 +166,13 @@ def main() -> None:
                 identical = same_files(source, out)
                 shutil.rmtree(model)
                 shutil.rmtree(out)
+        shutil.rmtree(source)
+        if args.run_layers:
+            run_size = write_run(model, args.run_layers)
+            cold = forget_pages() and cold
+            figures["export_of_run"] = measure(commands["export"], args.nice)
+            figures["export_of_run"]["bytes"] = run_size
+            print("export_of_run", figures["export_of_run"], flush=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     # The faster of the two copies is what we are held against.
@@ -141,7 +181,8 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True
     ).stdout.strip()
     result = {
-        "command": f"{Path(__file__).name} --layers={args.layers} {budget} --nice={args.nice}",
+        "command": f"{Path(__file__).name} --layers={args.layers} {budget} --nice={args.nice} "
+        f"--run_layers={args.run_layers}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
