@@ -14,9 +14,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rpo_jax import config as config_module
-from rpo_jax.config import Config, describe, resolve
+from rpo_jax.config import Config, describe, field_names, resolve
 from rpo_jax.errors import Stopped, UserError
+from rpo_jax.fields import suggestion
 
 
 def run(
@@ -116,7 +116,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:
     """Misspelt flags, told with the nearest right one before any file is read."""
-    fields = config_module.field_names()
+    fields = field_names()
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         if not arg.startswith("-") or arg == "--":
             continue
@@ -133,8 +133,7 @@ def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:
                 raise UserError(f"--config.{field}: there is no such field{hint}")
         elif name not in ("config", *switches) and name.removeprefix("no") not in switches:
             raise UserError(
-                f"{arg}: there is no such flag"
-                f"{config_module.suggestion(name, ['config', *switches])}"
+                f"{arg}: there is no such flag{suggestion(name, ['config', *switches])}"
             )
 
 

@@ -6,20 +6,17 @@ a string that should have been a number, and nothing is misspelt.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
+from rpo_jax import fields
 from rpo_jax.errors import UserError
+from rpo_jax.fields import option, required
 
-_REQUIRED = object()
 # Peak learning rates by stage and by whether adapters are trained.
 _LEARNING_RATES = {
     ("cpt", False): 1e-5,
@@ -27,36 +24,6 @@ _LEARNING_RATES = {
     ("cpt", True): 2e-4,
     ("rpo", True): 1e-5,
 }
-Number = int | float
-
-
-def option(
-    default: Any,
-    doc: str,
-    *,
-    above: Number | None = None,
-    at_least: Number | None = None,
-    below: Number | None = None,
-    at_most: Number | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A config field: its default, what it means, and which values are allowed."""
-    metadata = {
-        "doc": doc,
-        "above": above,
-        "at_least": at_least,
-        "below": below,
-        "at_most": at_most,
-        "choices": choices,
-    }
-    if default is _REQUIRED:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def required(doc: str, **limits: Any) -> Any:
-    """A config field without a default: a config that leaves it out is refused."""
-    return option(_REQUIRED, doc, **limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,19 +448,7 @@ class Config:
 
 def defaults() -> ConfigDict:
     """Every field of `Config`, at its default; a required one is an empty placeholder."""
-    return _defaults(Config).lock()
-
-
-def _defaults(cls: type) -> ConfigDict:
-    values = {}
-    for field, kind in _fields(cls):
-        if dataclasses.is_dataclass(kind):
-            values[field.name] = _defaults(kind)  # type: ignore[arg-type]
-        elif field.default is dataclasses.MISSING:
-            values[field.name] = config_dict.placeholder(kind)
-        else:
-            values[field.name] = field.default
-    return ConfigDict(values)
+    return fields.defaults(Config).lock()
 
 
 def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
@@ -504,7 +459,7 @@ def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
             dotted name, the value and what is allowed; then for each contradiction between fields.
     """
     problems: list[str] = []
-    config = _build(Config, values, "", problems)
+    config = fields.build(Config, values, problems)
     if not problems:
         problems = list(_contradictions(config))
     if problems:
@@ -513,76 +468,6 @@ def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
         rate = _LEARNING_RATES[config.stage, config.lora.rank > 0]
         config = replace(config, optim=replace(config.optim, learning_rate=rate))
     return config
-
-
-def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = typing.get_type_hints(cls)
-    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
-
-
-def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
-    known = [field.name for field, _ in _fields(cls)]
-    problems.extend(
-        f"{prefix}{key} is not a field{suggestion(key, known)}"
-        for key in values
-        if key not in known
-    )
-    built = {}
-    for field, kind in _fields(cls):
-        name = prefix + field.name
-        value = values.get(field.name)
-        if dataclasses.is_dataclass(kind):
-            if value is not None and not isinstance(value, Mapping | ConfigDict):
-                problems.append(f"{name} is a section with fields of its own, not {value!r}")
-                continue
-            built[field.name] = _build(kind, value or {}, name + ".", problems)  # type: ignore[arg-type]
-        elif value is None and field.default is dataclasses.MISSING:
-            problems.append(f"{name} is missing: {field.metadata['doc']}")
-        elif value is None:
-            built[field.name] = field.default
-        else:
-            value, problem = _convert(value, kind)
-            problem = problem or _limit(value, field.metadata)
-            if problem:
-                problems.append(f"{name}={value!r}: {problem}")
-            built[field.name] = value
-    return cls(**built) if not problems else None
-
-
-def suggestion(name: str, known: list[str]) -> str:
-    """A hint that ends an error: the closest known name, or the list of all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
-def _convert(value: Any, kind: Any) -> tuple[Any, str]:
-    if isinstance(kind, types.GenericAlias):
-        item = typing.get_args(kind)[0]
-        if not isinstance(value, list | tuple):
-            return value, f"a list of {item.__name__} is wanted"
-        pairs = [_convert(v, item) for v in value]
-        return tuple(v for v, _ in pairs), next((p for _, p in pairs if p), "")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), ""
-    if type(value) is not kind:
-        return value, f"{kind.__name__} is wanted, not {type(value).__name__}"
-    return value, ""
-
-
-def _limit(value: Any, limits: Mapping[str, Any]) -> str:
-    if limits["choices"] is not None and value not in limits["choices"]:
-        return f"one of {', '.join(limits['choices'])} is wanted"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number is wanted"
-    if limits["above"] is not None and not value > limits["above"]:
-        return f"must be above {limits['above']}"
-    if limits["at_least"] is not None and not value >= limits["at_least"]:
-        return f"must be at least {limits['at_least']}"
-    if limits["below"] is not None and not value < limits["below"]:
-        return f"must be below {limits['below']}"
-    if limits["at_most"] is not None and not value <= limits["at_most"]:
-        return f"must be at most {limits['at_most']}"
-    return ""
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -648,30 +533,12 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def describe() -> str:
     """One line for each field: dotted name, default, meaning. For `--help`."""
-    return "\n".join(_describe(Config, ""))
-
-
-def _describe(cls: type, prefix: str) -> Iterator[str]:
-    for field, kind in _fields(cls):
-        if dataclasses.is_dataclass(kind):
-            yield from _describe(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-            continue
-        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-        choices = field.metadata["choices"]
-        allowed = f" [{' | '.join(choices)}]" if choices else ""
-        yield f"  --config.{prefix}{field.name} ({default}){allowed}\n      {field.metadata['doc']}"
+    return "\n".join(fields.describe(Config))
 
 
 def field_names() -> list[str]:
     """Every field and section of `Config` by its dotted name."""
-    return list(_field_names(Config, ""))
-
-
-def _field_names(cls: type, prefix: str) -> Iterator[str]:
-    for field, kind in _fields(cls):
-        yield prefix + field.name
-        if dataclasses.is_dataclass(kind):
-            yield from _field_names(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+    return list(fields.names(Config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
