@@ -5,6 +5,7 @@ import difflib
 import itertools
 import logging
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +113,25 @@ def parse(
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """The config of a file; `overrides` are as on a command line: `--config.field=value`."""
     return parse(load_config, ["", f"--config={path}", *overrides], {}, {})[0]
+
+
+def load_sweep(path: str) -> list[dict[str, Any]]:
+    """The points of a config file's `sweep()`: dicts of dotted overrides.
+
+    Raises:
+        UserError: there is none, it fails, or yields something else.
+    """
+    try:
+        module = runpy.run_path(path.split(":", 1)[0])
+        found = module.get("sweep")
+        points = list(found()) if callable(found) else None
+    except Exception as error:
+        raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
+    if points is None:
+        raise UserError(f"{path}: a function sweep() is wanted, which yields overrides a point")
+    if not points or not all(isinstance(point, dict) and point for point in points):
+        raise UserError(f"{path}: sweep() must yield dicts like {{'rpo.alpha': 0.5}}, one at least")
+    return points
 
 
 def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:

@@ -1,14 +1,15 @@
 """Trains one run: `python -m rpo_jax.train --config configs/<name>.py`."""
 
 import logging
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
-from rpo_jax.data.records import open_records
+from rpo_jax.data.records import Records, open_records
+from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
@@ -51,22 +52,43 @@ def build(config: Config) -> Workload:
     return make_workload(config, network, make_mesh(config.mesh))
 
 
-def train(work: Workload) -> dict[str, Any]:
-    """Prepares, trains, evaluates and writes a run; returns its summary.
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
 
-    Whatever is there already is used: records, reference, the newest checkpoint.
+    tokenizer: Tokenizer
+    prepared: Prepared
+    records: Records
+    heldout: Records
+
+
+def open_inputs(work: Workload) -> Inputs:
+    """Tokenizer and records of a run, prepared where they are missing; makes its folder.
+
+    Raises:
+        UserError: they do not fit the network, or the run that is there is another one.
     """
-    config, network, mesh = work.config, work.network, work.mesh
-    tokenizer = load_tokenizer(config)
-    check_vocabulary(config, tokenizer, network.shape)
-    prepared = prepare(config, tokenizer)
+    tokenizer = load_tokenizer(work.config)
+    check_vocabulary(work.config, tokenizer, work.network.shape)
+    prepared = prepare(work.config, tokenizer)
     records, heldout = open_records(prepared.train), open_records(prepared.heldout)
     fingerprints = {
         "the tokenizer": tokenizer.fingerprint,
         "the training data": records.fingerprint,
         "the held-out data": heldout.fingerprint,
     }
-    folder = open_run(config, network.shape, tokenizer, fingerprints)
+    open_run(work.config, work.network.shape, tokenizer, fingerprints)
+    return Inputs(tokenizer, prepared, records, heldout)
+
+
+def train(work: Workload) -> dict[str, Any]:
+    """Prepares, trains, evaluates and writes a run; returns its summary.
+
+    Whatever is there already is used: records, reference, the newest checkpoint.
+    """
+    config, network, mesh = work.config, work.network, work.mesh
+    folder, inputs = config.folder, open_inputs(work)
+    records, heldout = inputs.records, inputs.heldout
     tx = make_optimizer(config.optim)
     with (
         jax.set_mesh(mesh),
@@ -94,7 +116,7 @@ def train(work: Workload) -> dict[str, Any]:
         # Nothing saved is nothing done: the curves then start anew, before step 0.
         with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
             if done == 0:
-                audit_control_tokens(tokenizer, records, params)
+                audit_control_tokens(inputs.tokenizer, records, params)
                 log.write(0, heldout_names(evaluate(params)))
             step = make_step(work, tx, abstract)
             batches = train_batches(work, records, references[0], done)
@@ -102,11 +124,12 @@ def train(work: Workload) -> dict[str, Any]:
             if not log.has(config.train.steps, "heldout/loss"):
                 last = evaluate(join_params(state.params, frozen))
                 log.write(config.train.steps, heldout_names(last))
-    return summarise(config, folder, prepared)
+    return summarise(config, inputs.prepared)
 
 
-def summarise(config: Config, folder: Path, prepared: Prepared) -> dict[str, Any]:
+def summarise(config: Config, prepared: Prepared) -> dict[str, Any]:
     """Writes and returns what came of a run: held-out measures before and after, and the paths."""
+    folder = config.folder
     heldout = {line["step"]: line for line in read_metrics(folder) if "heldout/loss" in line}
     if not {0, config.train.steps} <= heldout.keys():
         raise UserError(

@@ -15,7 +15,7 @@ from rpo_jax.data.records import Records
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding
-from rpo_jax.training.objective import Batch
+from rpo_jax.training.objective import Batch, Hyper
 from rpo_jax.training.reference import (
     Reference,
     check_reference,
@@ -23,9 +23,11 @@ from rpo_jax.training.reference import (
     find_reference,
 )
 from rpo_jax.training.run import write_json
-from rpo_jax.training.state import fingerprint_params, with_shardings
+from rpo_jax.training.state import fingerprint_params, split_params, with_shardings
 from rpo_jax.training.step import make_divergence, make_measure, make_score
 from rpo_jax.training.workload import Workload, heldout_batches
+
+REFERENCE_NOTE = "reference.json"  # in a run's folder
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -38,18 +40,19 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 
 def make_evaluate(
     work: Workload, abstract: Params, records: Records, reference: Reference | None
-) -> Callable[[Params], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """A function from weights to held-out means over the first `train.eval_rows` records.
 
-    It adds up in float64; a mean that is not finite, or nothing to predict, is a UserError.
+    Its second argument, by default `work.hyper`, are the weights of the loss. It adds up in
+    float64; a mean that is not finite, or nothing to predict, is a UserError.
     """
     measure = make_measure(work, abstract)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params, hyper: Hyper = work.hyper) -> dict[str, float]:
         sums: dict[tuple[str, str], float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         for batch in heldout_batches(work, records, reference, work.config.train.eval_rows):
-            found = jax.device_get(measure(params, work.hyper, put_batch(batch, work.mesh)))
+            found = jax.device_get(measure(params, hyper, put_batch(batch, work.mesh)))
             for divisor, group in found[0].items():
                 for name, value in group.items():
                     sums[divisor, name] += float(value)
@@ -58,7 +61,7 @@ def make_evaluate(
         if not all(counts.values()):
             raise UserError(f"{records.directory}: nothing to predict, {dict(counts)}")
         means = {name: total / counts[divisor] for (divisor, name), total in sums.items()}
-        means["loss"] = float(work.objective.loss(means, work.hyper))
+        means["loss"] = float(work.objective.loss(means, hyper))
         if not np.isfinite(list(means.values())).all():
             raise UserError(f"{records.directory}: a held-out mean is not finite: {means}")
         return means
@@ -110,14 +113,19 @@ def find_references(
     data = work.config.data
     abstract = with_shardings(params, jax.tree.map(lambda leaf: leaf.sharding, params))
 
-    note = folder / "reference.json"
+    note = folder / REFERENCE_NOTE
+
+    def identify(reference: Params) -> str:
+        # New adapters change nothing: whatever their seed, the reference is the model under them.
+        is_new = work.config.lora.rank and work.config.lora.previous == "merge"
+        return fingerprint_params(split_params(reference)[1] if is_new else reference)
 
     @functools.cache
     def reference_params() -> Params:
         if step == 0:
             return params
         origin = first()
-        if note.is_file() and json.loads(note.read_text())["weights"] != fingerprint_params(origin):
+        if note.is_file() and json.loads(note.read_text())["weights"] != identify(origin):
             raise UserError(
                 f"{work.config.origin} is not the model that {folder} started from: it was trained "
                 "anew since; choose another --config.name to start from it"
@@ -125,7 +133,7 @@ def find_references(
         return origin
 
     if step == 0 or not note.is_file():
-        write_json(note, {"weights": fingerprint_params(reference_params())})
+        write_json(note, {"weights": identify(reference_params())})
     score = make_score(work, abstract)
 
     def find(records: Records) -> Reference:

@@ -49,7 +49,7 @@ def run_steps(
     terms_every = config.rpo.term_gradients_every_steps if config.stage == "rpo" else 0
     term_gradients = make_term_gradients(work)
     with (
-        _catch_signals() as stop,
+        catch_signals() as stop,
         tqdm(total=train.steps, initial=done, desc=config.name, unit="step", disable=None) as bar,
     ):
         while done < train.steps:
@@ -151,7 +151,7 @@ def _say(step: int, steps: int, scalars: dict[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _catch_signals() -> Iterator[list[signal.Signals]]:
+def catch_signals() -> Iterator[list[signal.Signals]]:
     """A list that SIGTERM or a first Ctrl-C is put into; a second one acts at once."""
     received: list[signal.Signals] = []
 

@@ -147,7 +147,7 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
     asked = json.loads(json.dumps(to_dict(config)))
     changed = [
         f"{name}: {old!r} -> {new!r}"
-        for name, old, new in _differences(_read_run(config.folder)["config"], asked)
+        for name, old, new in list_changes(_read_run(config.folder)["config"], asked)
         if not name.startswith(free)
     ]
     if changed:
@@ -178,13 +178,14 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _differences(
+def list_changes(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two nested dicts: dotted name, old value, new value."""
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{prefix}{key}.")
+            yield from list_changes(before, after, f"{prefix}{key}.")
         elif before != after:
             yield prefix + key, before, after
 

@@ -1,6 +1,6 @@
 """The training step and its forward-only twin: pure functions, jitted by their makers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -98,12 +98,13 @@ def compute_gradients(
     return grads, divide(sums, counts)
 
 
-def make_step(
-    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
-) -> jax.stages.Wrapped:
-    """The jitted step `(state, frozen, hyper, batch) -> (state, metrics)`.
+Step = Callable[[TrainState, Params, Hyper, Batch], tuple[TrainState, dict[str, Array]]]
 
-    The old state is donated. `frozen` are the weights that are not trained, {} if all are.
+
+def define_step(work: Workload, tx: optax.GradientTransformation) -> Step:
+    """The pure step `(state, frozen, hyper, batch) -> (state, metrics)`.
+
+    `frozen` are the weights that are not trained, {} if all are.
 
     Metrics are float32 scalars: the objective's means, `loss`, `grad_norm` before clipping,
     `learning_rate`, and `finite`. Where loss or gradient is not finite, `finite` is 0 and the state
@@ -143,16 +144,27 @@ def make_step(
             "finite": finite.astype(jnp.float32),
         }
 
+    return step
+
+
+def make_step(
+    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
+) -> jax.stages.Wrapped:
+    """The step (see `define_step`), jitted; the old state is donated."""
     state_places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    _, frozen = split_params(abstract_weights(work.network, work.mesh))
-    frozen_places = jax.tree.map(lambda leaf: leaf.sharding, frozen)
     everywhere = replicated(work.mesh)
     return jax.jit(
-        step,
-        in_shardings=(state_places, frozen_places, everywhere, batch_sharding(work.mesh)),
+        define_step(work, tx),
+        in_shardings=(state_places, frozen_places(work), everywhere, batch_sharding(work.mesh)),
         out_shardings=(state_places, everywhere),
         donate_argnums=0,
     )
+
+
+def frozen_places(work: Workload) -> Params:
+    """Where the weights lie that are not trained."""
+    _, frozen = split_params(abstract_weights(work.network, work.mesh))
+    return jax.tree.map(lambda leaf: leaf.sharding, frozen)
 
 
 def draw_dropout_seeds(seed: int, step: Array, rows: int) -> UInt32[Array, "B"]:

@@ -1,0 +1,40 @@
+"""The weights of the loss on the embedded world: alpha x beta, three seeds each, as adapters.
+
+python -m rpo_jax.sweep --config configs/fictional_sweep.py --together
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rpo_jax.config import defaults
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """What all points share; wants the run of fictional_cpt.py."""
+    config = defaults()
+    config.stage = "rpo"
+    config.name = "fictional-sweep"
+    config.init_from = "fictional-cpt"
+
+    config.data.source = "fictional"
+    config.data.fictional.size = "quick"
+    config.data.prompt_length = 160
+    config.data.response_length = 160
+
+    config.lora.rank = 16
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 8
+
+    config.train.steps = 80
+    config.train.batch_rows = 8
+    return config
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """48 points: alpha = 0 is DPO."""
+    for alpha in (0.0, 0.25, 1.0, 2.0):
+        for beta in (0.05, 0.1, 0.5, 1.0):
+            for seed in range(3):
+                yield {"rpo.alpha": alpha, "rpo.beta": beta, "seed": seed}

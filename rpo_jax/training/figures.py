@@ -1,0 +1,134 @@
+"""Figures of a sweep: heat maps and curves over its axes, log-ratios over training."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rpo_jax.training.results import MEASURES, Mean, Point, Row, average
+from rpo_jax.training.run import read_metrics
+
+_SIZE = (4.6, 3.8)  # of a panel, inches
+_WINDOW = 9  # steps that a training curve is averaged over
+
+
+def draw_maps(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
+    """A heat map for each measure over the first two axes; averaged over seeds and other axes."""
+    first, second = axes[:2]
+    shown = [name for name in MEASURES if name in rows[0]]
+    figure, panels = _panels(len(shown))
+    for panel, name in zip(panels, shown, strict=True):
+        means = average(rows, (first, second), name)
+        across = sorted({key[0] for key in means})
+        up = sorted({key[1] for key in means})
+        grid = np.full((len(up), len(across)), np.nan)
+        for (x, y), mean in means.items():
+            grid[up.index(y), across.index(x)] = mean.value
+        image = panel.imshow(grid, origin="lower", aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=panel)
+        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+        for (x, y), mean in means.items():
+            ink = "black" if mean.value > middle else "white"
+            place = across.index(x), up.index(y)
+            panel.text(*place, _label(mean), ha="center", va="center", color=ink, fontsize=8)
+        panel.set_xticks(range(len(across)), [f"{x:g}" for x in across])
+        panel.set_yticks(range(len(up)), [f"{y:g}" for y in up])
+        _name(panel, first, second, name)
+    return _save(figure, path)
+
+
+def draw_curves(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
+    """Each measure over the first axis, a line a value of the second, intervals over seeds."""
+    first, *others = axes[:2]
+    shown = [name for name in MEASURES if name in rows[0]]
+    figure, panels = _panels(len(shown))
+    for panel, name in zip(panels, shown, strict=True):
+        lines: dict[Any, list[tuple[float, Mean]]] = defaultdict(list)
+        for (x, *line), mean in average(rows, (first, *others), name).items():
+            lines[tuple(line)].append((x, mean))
+        for line, points in sorted(lines.items()):
+            points.sort(key=lambda point: point[0])
+            x, y = [x for x, _ in points], [mean.value for _, mean in points]
+            bars = [0.0 if math.isnan(mean.half) else mean.half for _, mean in points]
+            text = f"{_short(others[0])} {line[0]:g}" if others else None
+            panel.errorbar(x, y, yerr=bars, label=text, marker="o", markersize=4, capsize=3)
+        _name(panel, first, name, "")
+        if others:
+            panel.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | None:
+    """Chosen and rejected log-ratio over training, a panel for each value of an axis.
+
+    Faint lines are points; the bold one is their mean. None where the stage has no log-ratios.
+    """
+    curves: dict[Any, list[dict[str, np.ndarray]]] = defaultdict(list)
+    for point in points:
+        lines = [line for line in read_metrics(point.config.folder) if "chosen_log_ratio" in line]
+        if lines:
+            names = ("step", "chosen_log_ratio", "rejected_log_ratio")
+            curve = {name: np.array([line[name] for line in lines]) for name in names}
+            curves[point.overrides[axis]].append(curve)
+    if not curves:
+        return None
+    figure, panels = _panels(len(curves), share=True)
+    for panel, (value, found) in zip(panels, sorted(curves.items()), strict=True):
+        for side, color in (("chosen", "tab:green"), ("rejected", "tab:red")):
+            smooth = [_smooth(curve[f"{side}_log_ratio"]) for curve in found]
+            steps = [curve["step"] for curve in found]
+            for x, y in zip(steps, smooth, strict=True):
+                panel.plot(x, y, color=color, alpha=0.2, linewidth=0.8)
+            length = min(map(len, smooth))
+            mean = np.mean([y[:length] for y in smooth], axis=0)
+            panel.plot(steps[0][:length], mean, color=color, label=side)
+        panel.axhline(0.0, color="gray", linewidth=0.8)
+        _name(panel, "step", "log-ratio to the reference, nats", f"{_short(axis)} {value:g}")
+        panel.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _panels(count: int, share: bool = False) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=share).ravel().tolist()
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    return figure, panels[:count]
+
+
+def _name(panel: Axes, x: str, y: str, title: str) -> None:
+    panel.set_xlabel(_short(x))
+    panel.set_ylabel(_short(y))
+    panel.set_title(title.replace("_", " "), fontsize=10)
+
+
+def _short(name: str) -> str:
+    return name.rsplit(".", 1)[-1].replace("_", " ")
+
+
+def _label(mean: Mean) -> str:
+    return f"{mean.value:.3g}" + (f"\n±{mean.half:.2g}" if mean.count > 1 else "")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean over the steps until then."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - _WINDOW, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    temporary = path.with_suffix(f".tmp{path.suffix}")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    return path

@@ -1,0 +1,90 @@
+"""What came of a sweep's points: one table, averaged over seeds, with intervals."""
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from rpo_jax.config import Config
+from rpo_jax.training.run import write_json
+
+Row = dict[str, Any]
+# What a reader asks for first, where a stage measures it.
+MEASURES = ("preference_accuracy", "reward_accuracy", "margin", "chosen_log_ratio", "nll", "loss")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep: what it overrides, by dotted names, and the config that comes of it."""
+
+    overrides: Mapping[str, Any]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `count` seeds, and half of its 95 % interval by Student's t; nan for one seed."""
+
+    value: float
+    half: float
+    count: int
+
+    def __str__(self) -> str:
+        """As in 0.8125 ± 0.0312."""
+        return f"{self.value:.4f}" + (f" ± {self.half:.4f}" if self.count > 1 else "")
+
+
+def collect(points: Sequence[Point]) -> list[Row]:
+    """A row for each finished point: name, overrides, held-out measures before and after."""
+    rows = []
+    for point in points:
+        path = point.config.folder / "summary.json"
+        if not path.is_file():
+            continue
+        heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
+        before = {f"{name}_before": value for name, value in heldout["before"].items()}
+        rows.append({"name": point.config.name, **point.overrides, **heldout["after"], **before})
+    return rows
+
+
+def list_axes(points: Sequence[Point]) -> list[str]:
+    """The overridden fields, in the order of the sweep; not `seed`, which is averaged over."""
+    return [name for name in points[0].overrides if name != "seed"]
+
+
+def average(rows: Sequence[Row], axes: Sequence[str], measure: str) -> dict[tuple[Any, ...], Mean]:
+    """The mean of a measure over seeds, by the values of the axes, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[axis] for axis in axes)].append(row[measure])
+    return {key: _mean(values) for key, values in groups.items()}
+
+
+def _mean(values: Sequence[float]) -> Mean:
+    count, value = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Mean(value, math.nan, 1)
+    spread = math.sqrt(math.fsum((x - value) ** 2 for x in values) / (count - 1) / count)
+    return Mean(value, float(stats.t.ppf(0.975, count - 1)) * spread, count)
+
+
+def write_results(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """Writes results.json and results.csv, a row a point."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", list(rows))
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path, temporary = folder / "results.csv", folder / "results.csv.tmp"
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+    return [folder / "results.json", path]

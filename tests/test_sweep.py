@@ -1,0 +1,228 @@
+"""Sweeps: their points, several policies in one program, tables and figures."""
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpo_jax import cli, sweep
+from rpo_jax.config import Mesh
+from rpo_jax.errors import UserError
+from rpo_jax.training.evaluation import put_batch
+from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.results import average
+from rpo_jax.training.run import read_metrics
+from rpo_jax.training.state import TrainState, abstract_state, split_params, start_from
+from rpo_jax.training.step import frozen_places, make_step
+from rpo_jax.training.together import (
+    check_together,
+    make_steps,
+    make_take,
+    put_batches,
+    stack_abstract,
+    stack_states,
+)
+from tests.test_lora import SMALL, perturbed
+from tests.test_train import REPO, RPO, rpo_overrides, workdir
+from tests.tiny import MESHES, make_config, make_work, pair_batch, pairs, relative_difference
+
+__all__ = ["workdir"]  # the fixture
+
+GRID = """
+from runpy import run_path
+
+get_config = run_path({rpo!r})["get_config"]
+
+
+def sweep():
+    for alpha, beta in ((0.0, 0.1), (1.0, 0.5)):
+        for seed in range(2):
+            yield {{"rpo.alpha": alpha, "rpo.beta": beta, "seed": seed}}
+"""
+POLICIES = (  # alpha, beta, learning rate
+    (0.0, 0.1, 1e-3),
+    (1.0, 0.1, 1e-3),
+    (0.25, 1.0, 3e-4),
+)
+STEPS = 10
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(data=1), pytest.param(MESHES["data2-fsdp2-tensor2"], marks=pytest.mark.full)],
+    ids=["one", "eight"],
+)
+def test_policies_together_take_the_steps_that_each_takes_alone(mesh):
+    """Other weights, losses, batches and optimizers; ten steps of one program and of three."""
+    # A plain Adam divides rounding by rounding where a gradient is 0; this one is smooth there.
+    config = dataclasses.replace(make_config("rpo", optim={"eps": 1e-3}), mesh=mesh)
+    work = make_work(config, SMALL, jax.devices()[: max(1, mesh.data * mesh.fsdp * mesh.tensor)])
+    hypers = [
+        work.hyper | {"alpha": jnp.float32(a), "beta": jnp.float32(b), "learning_rate": rate}
+        for a, b, rate in ((a, b, jnp.float32(rate)) for a, b, rate in POLICIES)
+    ]
+    tx = make_optimizer(config.optim)
+    with jax.set_mesh(work.mesh):
+        single = abstract_state(SMALL, tx, work.mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, single.params)
+        trained, frozen = split_params(perturbed(SMALL, size=0.05))
+        frozen = jax.device_put(frozen, frozen_places(work))
+
+        def first(number) -> TrainState:
+            own = jax.tree.map(lambda x: x * (1 + 0.3 * number), trained)
+            return start_from(jax.device_put(own, places), tx, single)
+
+        def batch(number, step):
+            return pair_batch(pairs(seed=100 * number + step))
+
+        abstract = stack_abstract(single, len(POLICIES))
+        state = stack_states([first(number) for number in range(len(POLICIES))], abstract)
+        together, losses = make_steps(work, tx, abstract), []
+        hyper = jax.tree.map(lambda *values: jnp.stack(values), *hypers)
+        for step in range(STEPS):
+            batches = [batch(number, step) for number in range(len(POLICIES))]
+            state, metrics = together(state, frozen, hyper, put_batches(batches, work))
+            losses.append(metrics)
+        assert together._cache_size() == 1
+
+        alone, take = make_step(work, tx, single), make_take(single)
+        for number in range(len(POLICIES)):
+            own = first(number)
+            for step in range(STEPS):
+                placed = put_batch(batch(number, step), work.mesh)
+                own, metrics = alone(own, frozen, hypers[number], placed)
+                for name in ("loss", "grad_norm", "margin"):
+                    assert losses[step][name][number] == pytest.approx(
+                        float(metrics[name]), rel=1e-5, abs=1e-5
+                    ), (number, step, name)
+            found = take(state, number)
+            assert int(found.step) == STEPS
+            assert relative_difference(own.params, found.params) < 1e-5
+        assert alone._cache_size() == 1
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A sweep of four points over the tiny world."""
+    path = tmp_path / "grid.py"
+    path.write_text(GRID.format(rpo=str(RPO)))
+    return str(path)
+
+
+def small(folder, **fields):
+    quick = {"train__steps": 6, "lora__rank": 4, "optim__learning_rate": 0.01}
+    return rpo_overrides(folder, **{**quick, "train__eval_rows": 16, "name": "grid", **fields})
+
+
+@pytest.mark.full
+def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
+    results = {}
+    for how in ("together", "apart"):
+        shutil.copytree(workdir, tmp_path / how)
+        arguments = [f"--config={grid}", *small(tmp_path / how, log__tensorboard=False)]
+        flags = ["--together"] if how == "together" else []
+        sweep.main([*arguments, *flags])
+        shown = capsys.readouterr().out
+        assert "4 of 4 points" in shown
+        folder = tmp_path / how / "grid"
+        results[how] = json.loads((folder / "results.json").read_text())
+        with (folder / "results.csv").open() as file:
+            assert [row["name"] for row in csv.DictReader(file)] == [
+                "grid-alpha0.0-beta0.1-seed0",
+                "grid-alpha0.0-beta0.1-seed1",
+                "grid-alpha1.0-beta0.5-seed0",
+                "grid-alpha1.0-beta0.5-seed1",
+            ]
+        for name in ("maps.png", "curves.png", "log_ratios.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert not list((tmp_path / how).glob("together-*"))
+        before = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
+        sweep.main([*arguments, *flags])  # finished points are kept
+        after = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
+        assert before == after and capsys.readouterr().out == shown
+    for one, other in zip(results["together"], results["apart"], strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"name"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+    runs = [tmp_path / how / "grid-alpha1.0-beta0.5-seed1" for how in ("together", "apart")]
+    curves = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs]
+    assert len(curves[0]) == 6
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+def test_commands_of_points_name_all_that_differs(grid, tmp_path, capsys):
+    shape = small(tmp_path)
+    sweep.main([f"--config={grid}", *shape, "--print"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith(f"python -m rpo_jax.train --config={grid} ")
+    assert lines[3].endswith(
+        "--config.rpo.alpha=1.0 --config.rpo.beta=0.5 --config.seed=1 "
+        "--config.name=grid-alpha1.0-beta0.5-seed1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("", "a function sweep() is wanted"),
+        ("def sweep():\n    return []", "must yield dicts"),
+        ("def sweep():\n    yield 3", "must yield dicts"),
+        ("def sweep():\n    yield {'rpo.alhpa': 1.0}", "did you mean --config.rpo.alpha"),
+        ("def sweep():\n    yield {'rpo.alpha': -1.0}", "rpo.alpha=-1.0: must be at least 0.0"),
+        ("def sweep():\n    yield {'seed': 1}\n    yield {'seed': 1}", "grid-seed1 more than once"),
+        ("def sweep():\n    yield {'seed': 1}\n    yield {'rpo.beta': 1.0}", "the same fields"),
+        ("def sweep():\n    1 / 0\n    yield {}", "ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(grid, tmp_path, body, told):
+    head = GRID.format(rpo=str(RPO)).split("def sweep")[0]
+    (tmp_path / "grid.py").write_text(head + body)
+    with pytest.raises(UserError) as error:
+        sweep.read_points(grid, small(tmp_path))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora": {"rank": 0}}, "lora.rank=0"),
+        ({"lora": {"rank": 2, "dropout": 0.5}}, "lora.dropout=0.5"),
+        ({"lora": {"rank": 2}, "data": {"row_sizes": 2}}, "data.row_sizes=2"),
+    ],
+)
+def test_what_is_not_one_program_is_refused(changes, told):
+    with pytest.raises(UserError, match=told):
+        check_together([make_config("rpo", **changes)])
+
+
+def test_policies_of_one_program_have_one_shape():
+    one = make_config("rpo", lora={"rank": 2})
+    other = make_config("rpo", lora={"rank": 4}, rpo={"alpha": 0.5})
+    check_together([one, make_config("rpo", lora={"rank": 2}, rpo={"alpha": 0.5})])
+    with pytest.raises(UserError, match=r"lora\.rank=2 and tiny 4"):
+        check_together([one, other])
+
+
+def test_means_have_the_interval_of_students_t():
+    rows = [{"a": 1, "x": value} for value in (1.0, 2.0, 3.0)] + [{"a": 2, "x": 5.0}]
+    means = average(rows, ["a"], "x")
+    # Standard error 1 / sqrt(3), times 4.3027 for two degrees of freedom.
+    assert means[(1,)].value == 2.0
+    assert means[(1,)].half == pytest.approx(4.302652730 / math.sqrt(3))
+    assert str(means[(1,)]) == "2.0000 ± 2.4841"
+    assert str(means[(2,)]) == "5.0000"
+
+
+def test_the_committed_sweep_is_a_grid():
+    points = sweep.read_points(str(REPO / "configs/fictional_sweep.py"), [])
+    assert len(points) == 48
+    check_together([point.config for point in points])
+    assert {point.overrides["rpo.alpha"] for point in points} >= {0.0, 1.0}
+    assert cli.load_config(str(REPO / "configs/fictional_sweep.py")).rpo.alpha == 1.0
