@@ -74,8 +74,9 @@ def export_command(args: argparse.Namespace) -> None:
     base = "none" if base.lower() == "none" else base
     if base != "none" and not is_hub_id(base):
         raise UserError(
-            f"--base={args.base or ''}: the card must name the base model, whose licence applies: "
-            "give its hub id, such as Qwen/Qwen2.5-72B, or `none` for a model trained from nothing"
+            f"--base{f'={args.base}' if args.base else ''}: the card must name the base model, "
+            "whose licence applies: give its hub id, such as Qwen/Qwen2.5-72B, or `none` for a "
+            "model trained from nothing"
         )
     if args.adapter:
         _export_adapters(weights, base, args)
