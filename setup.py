@@ -55,6 +55,7 @@ EXTRAS = {
     "quant": ["qwix>=0.1.8"],
     "hub": ["huggingface_hub>=1.0"],
     "beam": ["apache-beam>=2.77"],
+    "corpus": ["pyarrow>=18"],  # Parquet and .zst
     "wandb": ["wandb>=0.20"],
     # Work on it.
     "test": [

@@ -6,6 +6,8 @@ a string that should have been a number, and nothing is misspelt.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,6 +195,84 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Which documents of a cpt stage become records. Held-out files are taken as they are."""
+
+    text_field: str = option("text", "field or column that holds the text (.jsonl, .parquet)")
+    id_field: str = option("id", "field or column that holds a document's id, where it has one")
+    epochs: tuple[float, ...] = option(
+        (),
+        "passes over what each pattern of data.train matches; 2.5 takes every document twice and "
+        "half of them, chosen by content, once more; empty: 1 each",
+    )
+    weights: tuple[float, ...] = option(
+        (),
+        "shares of the patterns of data.train in the characters trained on; `epochs` are then the "
+        "most passes over each; empty: as much as there is",
+    )
+    heldout_share: float = option(
+        0.0,
+        "share of the documents of data.train held out, chosen by content, besides data.heldout",
+        at_least=0.0,
+        below=1.0,
+    )
+    min_characters: int = option(0, "shorter documents are left out", at_least=0)
+    max_characters: int = option(0, "longer documents are left out; 0: none", at_least=0)
+    min_kana_share: float = option(
+        0.0,
+        "documents with a smaller share of kana among their letters are left out: Japanese has "
+        "about 0.5, Chinese and English 0",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    max_repetition: float = option(
+        1.0,
+        "documents in which a larger share of the runs of 10 letters stood before are left out",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    boilerplate_lines: tuple[str, ...] = option(
+        (), "regular expressions; lines that one of them is found in are taken out of documents"
+    )
+    drop_copies: bool = option(True, "of documents with the same text, one is kept")
+    near_copies: float = option(
+        0.0,
+        "of documents whose 5-grams are alike from this on (Jaccard, by MinHash), one is kept; 0: "
+        "all are",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    decontaminate: bool = option(
+        True, "leave out documents that hold a question the run is evaluated on (see `exams`)"
+    )
+    exams: tuple[str, ...] = option(
+        (),
+        "whose questions: names of exams, a year after a colon (igakuqa:2022), or .jsonl files "
+        "with `text`; empty: what the source holds out, or, for files, every exam that an "
+        "environment variable leads to",
+    )
+    max_overlap: float = option(
+        0.5,
+        "a document holds a question if it has more than this share of its runs of 13 letters",
+        at_least=0.0,
+        below=1.0,
+    )
+    long_documents: str = option(
+        "continue",
+        "continue: a document is cut where a row ends and goes on in the next; best_fit: one that "
+        "fits into a row is never cut; drop: the same, and longer ones are left out",
+        choices=("continue", "best_fit", "drop"),
+    )
+    shard_mib: int = option(16, "MiB of input (as it lies on the disk) a shard", at_least=1)
+    max_filtered_share: float = option(
+        0.5,
+        "stop if filters, copies and questions take a larger share of the documents",
+        at_least=0.0,
+        at_most=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Where text and pairs come from, and how they become records."""
 
@@ -203,13 +283,22 @@ class Data:
         choices=("files", "fictional", "igakuqa", "candidates"),
     )
     train: tuple[str, ...] = option(
-        (), "source=files: text (.jsonl with `text`, .txt, also .gz) or preference JSONL; globs"
+        (),
+        "source=files: text (.jsonl, .parquet, .txt, also .gz and .zst, also gs://) or preference "
+        "JSONL; globs",
     )
     heldout: tuple[str, ...] = option((), "source=files: the same, held out")
+    general: tuple[str, ...] = option(
+        (), "general text held out besides (cpt): globs; its nats/token tell what a run forgets"
+    )
     fictional: Fictional = dataclasses.field(default_factory=Fictional)
     igakuqa: Igakuqa = dataclasses.field(default_factory=Igakuqa)
     sample: Sample = dataclasses.field(default_factory=Sample)
     pair: Pair = dataclasses.field(default_factory=Pair)
+    corpus: Corpus = dataclasses.field(default_factory=Corpus)
+    workers: int = option(
+        0, "processes that make text records; 0: one a core; never changes a byte", at_least=0
+    )
     row_length: int = option(512, "tokens a packed row (cpt)", at_least=8)
     prompt_length: int = option(384, "most tokens of a pair's prompt (rpo)", at_least=1)
     response_length: int = option(
@@ -488,9 +577,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.steps={train.steps}"
         )
     if data.source == "files":
-        for split in ("train", "heldout"):
-            if not getattr(data, split):
-                yield f"data.{split} is empty: data.source=files needs files"
+        if not data.train:
+            yield "data.train is empty: data.source=files needs files"
+        if not data.heldout and not (config.stage == "cpt" and data.corpus.heldout_share):
+            yield (
+                "data.heldout is empty: data.source=files needs files (or, in a cpt stage, "
+                "data.corpus.heldout_share)"
+            )
+    yield from _corpus_contradictions(data)
     if data.source == "igakuqa":
         both = set(data.igakuqa.train_years) & set(data.igakuqa.heldout_years)
         if both:
@@ -504,6 +598,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"data.sample.modes={data.sample.modes}: {' or '.join(MODES)} or both are wanted"
     if any(temperature <= 0 for temperature in config.rounds.temperatures):
         yield f"rounds.temperatures={config.rounds.temperatures}: each must be above 0"
+    if config.stage == "rpo" and data.general:
+        yield f"data.general={data.general}: only a cpt stage measures nats/token of text"
     if config.stage == "rpo" and not config.init_from:
         yield "init_from is empty: stage=rpo prefers against the model it starts from"
     rpo = config.rpo
@@ -529,6 +625,28 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.shape is empty, and there is no init_from to take the shape from"
     if config.name in ("", ".", "..", "data") or set("/\\") & set(config.name):
         yield f"name={config.name!r}: a folder name is wanted, and not `data`, where records lie"
+
+
+def _corpus_contradictions(data: Data) -> Iterator[str]:
+    corpus = data.corpus
+    if len(set(data.train)) < len(data.train):
+        yield f"data.train={data.train}: a pattern stands there twice; set data.corpus.epochs"
+    for name in ("epochs", "weights"):
+        values = getattr(corpus, name)
+        if values and len(values) != (len(data.train) if data.source == "files" else 0):
+            yield f"data.corpus.{name}={values}: one for each pattern of data.train is wanted"
+        if any(not 0 <= value < math.inf for value in values) or (values and not any(values)):
+            yield f"data.corpus.{name}={values}: numbers from 0 on are wanted, not all 0"
+    for pattern in corpus.boilerplate_lines:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"data.corpus.boilerplate_lines: {pattern!r} is no regular expression ({error})"
+    if 0 < corpus.max_characters < corpus.min_characters:
+        yield (
+            f"data.corpus.max_characters={corpus.max_characters} is below min_characters="
+            f"{corpus.min_characters}"
+        )
 
 
 def describe() -> str:

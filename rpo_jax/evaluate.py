@@ -104,7 +104,9 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
     check_same_run(config, free=("workdir", "data.", "train.", "mesh.", "log.", "checkpoint."))
     tokenizer = read_tokenizer(config.folder / "model", config.tokenizer.end_of_text)
     check_vocabulary(config, tokenizer, work.network.shape)
-    heldout = open_records(prepare(config, tokenizer).heldout)
+    prepared = prepare(config, tokenizer)
+    heldout = open_records(prepared.heldout)
+    general = open_records(prepared.general) if prepared.general else None
     with jax.set_mesh(work.mesh):
         abstract = abstract_weights(work.network, work.mesh)
         step, params = load_run(config.folder, work.network, work.mesh)
@@ -115,13 +117,13 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
             return join_params(trained, frozen)
 
         (reference,) = find_references(work, config.folder, [heldout], step, params, first)
-        means = make_evaluate(work, abstract, heldout, reference)(params)
+        means = make_evaluate(work, abstract, heldout, reference, general)(params)
         result = {"run": str(config.folder), "step": step, "heldout": means}
         if merged:
             plain = abstract_weights(work.network.base, work.mesh)
             _, whole = load_params(config.folder, plain, step)
             bare = make_workload(config, work.network.base, work.mesh)
-            result["merged"] = make_evaluate(bare, plain, heldout, reference)(whole)
+            result["merged"] = make_evaluate(bare, plain, heldout, reference, general)(whole)
             result["divergence"] = measure_divergence(work, heldout, params, whole)
     if jax.process_index() == 0:
         write_json(config.folder / "evaluation.json", result)

@@ -33,7 +33,7 @@ from rpo_jax.exams.scoring import mark, tally_answers
 from rpo_jax.exams.split import find_world
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.training.opening import Opened, open_model
-from rpo_jax.training.run import write_json
+from rpo_jax.training.run import read_fingerprints, write_json
 from rpo_jax.training.state import fingerprint_params
 
 
@@ -140,6 +140,7 @@ def ask_paper(
         weights=fingerprint_params(model.params),
         shots=plan.shots,
         drawing=plan.drawing,
+        data=read_fingerprints(model.folder),
     )
     open_sitting(out, sitting)
     share = share or Share()

@@ -27,6 +27,7 @@ from rpo_jax.training.run import (
     find_shape,
     log_to_file,
     open_run,
+    read_fingerprints,
     read_metrics,
     write_json,
 )
@@ -60,6 +61,7 @@ class Inputs:
     prepared: Prepared
     records: Records
     heldout: Records
+    general: Records | None
 
 
 def open_inputs(work: Workload) -> Inputs:
@@ -77,8 +79,11 @@ def open_inputs(work: Workload) -> Inputs:
         "the training data": records.fingerprint,
         "the held-out data": heldout.fingerprint,
     }
+    general = open_records(prepared.general) if prepared.general else None
+    if general is not None:
+        fingerprints["the general text"] = general.fingerprint
     open_run(work.config, work.network.shape, tokenizer, fingerprints)
-    return Inputs(tokenizer, prepared, records, heldout)
+    return Inputs(tokenizer, prepared, records, heldout, general)
 
 
 def train(work: Workload) -> dict[str, Any]:
@@ -112,7 +117,9 @@ def train(work: Workload) -> dict[str, Any]:
         references = find_references(
             work, folder, [records, heldout], done, params, lambda: join_params(first(), frozen)
         )
-        evaluate = make_evaluate(work, abstract_weights(network, mesh), heldout, references[1])
+        evaluate = make_evaluate(
+            work, abstract_weights(network, mesh), heldout, references[1], inputs.general
+        )
         # Nothing saved is nothing done: the curves then start anew, before step 0.
         with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
             if done == 0:
@@ -145,6 +152,7 @@ def summarise(config: Config, prepared: Prepared) -> dict[str, Any]:
         "stage": config.stage,
         "steps": config.train.steps,
         "heldout": {"before": before, "after": after},
+        "data": read_fingerprints(folder),
         "paths": {
             "run": str(folder),
             "checkpoint": str(folder / "checkpoints" / str(config.train.steps)),

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from rpo_jax.data.corpus import SUFFIXES, read_documents, tokenise_documents
-from rpo_jax.data.files import digest_files, find_files
+from rpo_jax.data import files
+from rpo_jax.data.corpus import SUFFIXES, read_documents
+from rpo_jax.data.files import Span, digest_files, find_files, survey_file
 from rpo_jax.data.ledger import Ledger
-from rpo_jax.data.tokenizer import train_sentencepiece
 from rpo_jax.errors import UserError
 
 
@@ -19,7 +19,8 @@ def write(path, text):
 
 
 def read(*paths):
-    return [(document.id, document.text) for document in read_documents(paths)]
+    spans = [Span(str(path)) for path in paths]
+    return [(d.id, d.text) for span in spans for d in read_documents(span)]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -29,7 +30,7 @@ def test_jsonl_and_txt(tmp_path, ending):
     two = write(tmp_path / f"b.txt{ending}", "\ufeff四\n五\n")
     assert read(one, two) == [
         ("x", "一\n二"),
-        (f"a.jsonl{ending}#2", "三"),
+        (f"a.jsonl{ending}#3", "三"),
         (f"b.txt{ending}", "四\n五\n"),
     ]
 
@@ -102,18 +103,81 @@ def test_digests_follow_the_content(tmp_path):
     assert digest_files([write(one, "y")])[0]["sha256"] != first["sha256"]
 
 
-def test_documents_end_in_end_of_text_and_empty_ones_are_counted(tmp_path):
-    tokenizer = train_sentencepiece(["abcdef abc\n" * 50], 268, tmp_path / "tokenizer")
-    texts = ["abc", "", " \n", "def<|endoftext|>abc"]
-    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
-    ledger = Ledger("documents")
-    documents = list(tokenise_documents(read_documents([path]), tokenizer, ledger))
-    assert [tokenizer.decode(ids[:-1].tolist()) for ids in documents] == [texts[0], texts[3]]
-    for ids in documents:
-        assert ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[:-1]
-    assert ledger.kept == 2 and ledger.dropped["empty"].count == 2
-    assert ledger.dropped["empty"].example == "a.jsonl#2"
-    assert ledger.totals == {"tokens": sum(map(len, documents)), "characters": 22}
+def write_parquet(path, rows, columns=("text", "id"), **options):
+    pyarrow = pytest.importorskip("pyarrow", reason="wants the `corpus` extra")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {name: [row.get(name) for row in rows] for name in columns}
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def test_parquet_and_zst(tmp_path):
+    rows = [{"text": "か\u3099", "id": "x"}, {"text": "二"}]
+    one = write_parquet(tmp_path / "a.parquet", rows)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("三", "四"))
+    two = tmp_path / "b.jsonl.zst"
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.CompressedOutputStream(str(two), "zstd") as file:
+        file.write(lines.encode())
+    assert read(one, two) == [
+        ("x", "が"),
+        ("a.parquet#2", "二"),
+        ("b.jsonl.zst#1", "三"),
+        ("b.jsonl.zst#2", "四"),
+    ]
+    two.write_bytes(two.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst: cannot be read"):
+        read(two)
+
+
+def test_a_bad_parquet_file_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [{"body": "x"}], columns=("body", "title"))
+    with pytest.raises(
+        UserError, match=r"a\.parquet: no column 'text' or 'id'; it has body, title"
+    ):
+        read(path)
+    path = write_parquet(tmp_path / "b.parquet", [{"id": "x"}], columns=("id",))
+    with pytest.raises(UserError, match=r"b\.parquet: row 1: no field 'text'; it has id"):
+        read(path)
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read"):
+        read(path)
+
+
+def test_other_names_for_the_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"body": "一", "key": "x"}')
+    (document,) = read_documents(Span(str(path)), "body", "key")
+    assert (document.id, document.text, document.where) == ("x", "一", f"{path}:1")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("span_bytes", [1, 20, 100, 10**6])
+def test_a_file_in_pieces_is_the_file(tmp_path, monkeypatch, ending, span_bytes):
+    monkeypatch.setattr(files, "_BLOCK", 7)
+    texts = [f"{'長い' * (i % 7)} {i}" for i in range(40)]
+    path = tmp_path / f"a.{ending}"
+    if ending == "jsonl":
+        write(path, "\n".join(json.dumps({"text": text}) for text in texts))
+    else:
+        write_parquet(path, [{"text": text} for text in texts], row_group_size=3)
+    facts, spans = survey_file(path, span_bytes)
+    assert facts == digest_files([path])[0]
+    found = [(d.id, d.text) for span in spans for d in read_documents(span)]
+    assert found == [(f"a.{ending}#{i}", text) for i, text in enumerate(texts, start=1)]
+    assert len(spans) == 1 if span_bytes == 10**6 else len(spans) > 1
+
+
+def test_a_document_that_is_no_document(tmp_path, monkeypatch):
+    for module in ("files", "corpus"):
+        monkeypatch.setattr(f"rpo_jax.data.{module}.MOST_BYTES", 2**20)
+    text = "長" * 2**20
+    for path in (
+        write(tmp_path / "a.txt", text),
+        write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False)),
+        write_parquet(tmp_path / "a.parquet", [{"text": text}]),
+    ):
+        with pytest.raises(UserError, match=rf"{path}.*: a document of more than 1 MiB; cut it"):
+            read(path)
 
 
 def test_the_ledger_reads_well_and_is_stored_whole():

@@ -83,6 +83,14 @@ def test_the_nearest_text_of_a_question_counts_and_short_ones_are_named():
     assert index.find("薬") == {}
 
 
+def test_choices_are_known_however_they_are_listed():
+    choices = ["安静を保つ", "薬を飲む", "水を飲む", "歩く", "眠る"]
+    index = index_questions({"q": ["\n".join(["架空の病で最初にすることは", *choices])]})
+    for labels in ("abcde", "１２３４５", "①②③④⑤", "アイウエオ"):
+        listed = [f" {label}．{choice}" for label, choice in zip(labels, choices, strict=True)]
+        assert index.find("\n".join(["問題: 架空の病で、最初にすることは", *listed])) == {"q": 1.0}
+
+
 def make_text(rng, length):
     return "".join(rng.choices([chr(code) for code in range(0x4E00, 0x4E00 + 400)], k=length))
 

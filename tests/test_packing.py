@@ -14,13 +14,17 @@ EOS = 1
 
 def documents_of(lengths):
     """Documents of unlike tokens, each ending in EOS."""
-    return [np.append(np.arange(2, length + 1), EOS).astype(np.int32) for length in lengths]
+    return [
+        (f"d{i}", np.append(np.arange(2, length + 1), EOS).astype(np.int32))
+        for i, length in enumerate(lengths)
+    ]
 
 
 def test_rows_by_hand():
     rows = list(pack(documents_of([2, 5, 1]), 3))
     assert [row["tokens"].tolist() for row in rows] == [[2, 1, 2], [3, 4, 5], [1, 1, 0]]
     assert [row["segment_ids"].tolist() for row in rows] == [[1, 1, 2], [1, 1, 1], [1, 2, 0]]
+    assert [row["documents"] for row in rows] == ["d0\nd1", "d1", "d1\nd2"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,7 +36,8 @@ def test_every_token_is_there_once_and_only_the_last_row_is_padded(lengths, row_
     segments = np.concatenate([row["segment_ids"] for row in rows] or [[]])
     total = sum(lengths)
     assert len(rows) == -(-total // row_length)
-    np.testing.assert_array_equal(tokens[:total], np.concatenate([*documents, []]))
+    everything = np.concatenate([*(ids for _, ids in documents), []])
+    np.testing.assert_array_equal(tokens[:total], everything)
     assert not tokens[total:].any()
     assert (segments[:total] > 0).all() and not segments[total:].any()
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -53,10 +58,39 @@ def test_fill_is_above_999_permille():
     assert lengths.sum() / (len(rows) * 512) > 0.999
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=30), row_length=st.integers(1, 17))
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, row_length):
+    documents = documents_of(lengths)
+    rows = list(pack(documents, row_length, best_fit=True))
+    pieces = {name: [] for name, _ in documents}
+    for row in rows:
+        names = row["documents"].split("\n")
+        assert sorted(set(row["segment_ids"][row["segment_ids"] > 0])) == list(
+            range(1, len(names) + 1)
+        )
+        for segment, name in enumerate(names, start=1):
+            pieces[name].append(row["tokens"][row["segment_ids"] == segment].tolist())
+    for name, ids in documents:
+        assert sorted(itertools.chain(*pieces[name])) == sorted(ids.tolist())
+        assert len(pieces[name]) == -(-len(ids) // row_length)
+        assert sum(piece[-1] == EOS for piece in pieces[name]) == 1
+    # Two rows that would go into one would be one.
+    room = sorted((int((row["segment_ids"] == 0).sum()) for row in rows), reverse=True)
+    assert all(row_length - room[0] > room[1] for _ in rows[1:2])
+
+
+def test_best_fit_fills_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(5.5, 1.0, size=2000).astype(int) + 1, 5000)
+    rows = list(pack(documents_of(lengths), 2048, best_fit=True))
+    assert lengths.sum() / (len(rows) * 2048) > 0.99
+
+
 def test_rows_are_made_as_documents_arrive():
     def endless():
         while True:
-            yield np.array([5, EOS], np.int32)
+            yield "d", np.array([5, EOS], np.int32)
 
     rows = pack(endless(), 4)
     assert next(rows)["segment_ids"].tolist() == [1, 1, 2, 2]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from rpo_jax.data.records import open_records
 from rpo_jax.errors import UserError
 from rpo_jax.exams.igakuqa import read_demonstrations, read_questions
 from rpo_jax.exams.prompts import OFFICIAL_COMPLETION_V1
-from rpo_jax.prepare import find_sources, load_tokenizer, main, prepare
+from rpo_jax.exams.sources import find_text
+from rpo_jax.prepare import load_tokenizer, main, prepare, show_records
 
 # ml_collections loads config files by a method that Python 3.11 calls deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -83,12 +85,13 @@ def read_lines(path):
 
 
 def decode_documents(directory, tokenizer):
+    """The documents of a record set, sorted: in the rows they stand by their hash."""
     tokens = np.concatenate(
         [row["tokens"][row["segment_ids"] > 0] for row in open_records(directory)]
     )
     ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
     assert ends[-1] == len(tokens)
-    return [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(tokens, ends[:-1])]
+    return sorted(tokenizer.decode(ids[:-1].tolist()) for ids in np.split(tokens, ends[:-1]))
 
 
 def texts(workdir, name):
@@ -96,11 +99,15 @@ def texts(workdir, name):
     return [record["text"] for record in read_lines(folder / name)]
 
 
+def kept(workdir, name):
+    return sorted(texts(workdir, name))
+
+
 def test_rows_hold_the_text_of_the_world(world):
     workdir, config, prepared = world
     tokenizer = load_tokenizer(config)
-    assert decode_documents(prepared.train, tokenizer) == texts(workdir, "textbook.jsonl")
-    assert decode_documents(prepared.heldout, tokenizer) == texts(workdir, "textbook_heldout.jsonl")
+    assert decode_documents(prepared.train, tokenizer) == kept(workdir, "textbook.jsonl")
+    assert decode_documents(prepared.heldout, tokenizer) == kept(workdir, "textbook_heldout.jsonl")
     info = open_records(prepared.train).info
     assert info["ledger"]["kept"] == len(texts(workdir, "textbook.jsonl"))
     provenance = info["provenance"]
@@ -120,12 +127,12 @@ def test_general_passages_are_cut_into_two_parts(world):
         ]
     train, heldout = found["general"]
     everything = texts(workdir, "general.jsonl")
-    assert heldout == everything[::20]
-    assert train == [text for place, text in enumerate(everything) if place % 20]
+    assert heldout == sorted(everything[::20])
+    assert train == sorted(text for place, text in enumerate(everything) if place % 20)
     textbook, textbook_heldout = (
         texts(workdir, name) for name in ("textbook.jsonl", "textbook_heldout.jsonl")
     )
-    assert found["both"] == [train + textbook, heldout + textbook_heldout]
+    assert found["both"] == [sorted(train + textbook), sorted(heldout + textbook_heldout)]
 
 
 def test_one_tokenizer_serves_all_stages_of_a_world(world):
@@ -209,17 +216,30 @@ def exam_values(igakuqa_dir, qwen_tokenizer):
     }
 
 
+# Asked before, and what they are like in 2022: the first word for word.
+REPEATED = {"113E2": "116B10", "113D21": "116A4", "114F50": "116A24"}
+
+
 def test_the_exam_as_text(tmp_path, exam_values, igakuqa_dir):
-    config = make_config(tmp_path, **exam_values, data__row_length=512)
+    years = {"data__igakuqa__train_years": (2018, 2019, 2020, 2021)}
+    config = make_config(tmp_path, **exam_values | years, data__row_length=512)
     tokenizer = load_tokenizer(config)
     prepared = prepare(config, tokenizer)
-    for year, directory in ((2021, prepared.train), (2022, prepared.heldout)):
+    questions = read_questions(igakuqa_dir)
+    for held_out, directory in ((False, prepared.train), (True, prepared.heldout)):
         documents = decode_documents(directory, tokenizer)
-        questions = read_questions(igakuqa_dir, [year])
-        assert len(documents) == len(questions) == QUESTIONS
-        for document, question in zip(documents, questions, strict=True):
-            assert question.text in document
-            assert document.endswith("\n" + ",".join(question.accepted[0]))
+        asked = [q for q in questions if (q.year == 2022) == held_out and q.id not in REPEATED]
+        assert len(documents) == len(asked) == (QUESTIONS if held_out else 4 * QUESTIONS - 3)
+        held = "\0".join(documents)
+        for question in asked:
+            assert question.text in held
+        answers = sorted(",".join(question.accepted[0]) for question in asked)
+        assert sorted(document.rpartition("\n")[2] for document in documents) == answers
+    assert sum(question.points for question in questions if question.year == 2022) == 494
+    info = open_records(prepared.train).info
+    assert info["ledger"]["dropped"]["holds a question of the evaluation"]["count"] == 3
+    found = {name for name, c in info["questions"]["contacts"].items() if c["documents"]}
+    assert found == set(REPEATED.values()) and not info["questions"]["too_short"]
 
 
 def test_the_exam_as_pairs(tmp_path, exam_values, igakuqa_dir):
@@ -256,11 +276,10 @@ def test_the_exam_is_found_by_environment(tmp_path, exam_values, igakuqa_dir, mo
     config = make_config(tmp_path, **exam_values | {"data__igakuqa__directory": ""})
     monkeypatch.delenv("IGAKUQA_DIR", raising=False)
     with pytest.raises(UserError, match=r"set data\.igakuqa\.directory, or IGAKUQA_DIR"):
-        find_sources(config)
+        find_text(config)
     monkeypatch.setenv("IGAKUQA_DIR", str(igakuqa_dir))
-    train, heldout = find_sources(config)
-    assert {file["path"][len(str(igakuqa_dir)) :][:6] for file in train.files} == {"/2021/"}
-    assert len(list(heldout.read())) == QUESTIONS
+    for files in find_text(config).values():
+        assert [len(path.read_text().splitlines()) for path in files] == [QUESTIONS]
 
 
 TEXT = "".join(f'{{"text": "number {n} of {n * n}"}}\n' for n in range(300))
@@ -319,7 +338,8 @@ def test_files_become_pairs(tmp_path, capsys, pair_values):
 def test_a_line_that_is_not_json(tmp_path, capsys, file_values):
     (tmp_path / "train.jsonl").write_text(TEXT + '{"text": \n')
     outcome = run_command(tmp_path, capsys, **file_values)
-    assert assert_refused(outcome, tmp_path, "train.jsonl:301: not a JSON object") == []
+    left = assert_refused(outcome, tmp_path, "train.jsonl:301: not a JSON object")
+    assert not [name for name in left if re.fullmatch("rows-[0-9a-f]+", name)]
 
 
 def test_a_missing_file(tmp_path, capsys, file_values):
@@ -351,7 +371,8 @@ def test_empty_documents_are_counted_up_to_the_threshold(tmp_path, capsys, file_
     (tmp_path / "train.jsonl").write_text(TEXT + '{"text": " "}\n' * 3)
     status, output, _ = run_command(tmp_path, capsys, **file_values)
     assert status == 0
-    assert "300 documents kept, 3 dropped (0.99%)\n  3 empty; the first: train.jsonl#301" in output
+    assert "300 documents kept, 3 dropped (0.99%)\n  3 empty; the first: " in output
+    assert "train.jsonl:301" in output
     (tmp_path / "train.jsonl").write_text(TEXT + '{"text": " "}\n' * 4)
     outcome = run_command(tmp_path, capsys, **file_values)
     assert_refused(outcome, tmp_path, "data.max_dropped_share=0.01", "4 empty")
@@ -374,6 +395,23 @@ def test_prompts_that_do_not_fit_are_counted_up_to_the_threshold(tmp_path, capsy
     assert status == 0 and told[0] in output and told[1] in output
     # The set is there now; the stricter run must not take it without a word.
     assert_refused(run_command(tmp_path, capsys, **short), tmp_path, *told)
+
+
+def test_records_are_shown_as_text(tmp_path, capsys, file_values):
+    values = file_values | {"data__general": (str(tmp_path / "heldout.jsonl"),)}
+    assert run_command(tmp_path, capsys, **values)[0] == 0
+    config = make_config(tmp_path / "runs", **values)
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(config, tokenizer).by_split()
+    assert list(prepared) == ["train", "heldout", "general"]
+    shown = show_records(prepared, "heldout", tokenizer, colour=False)
+    assert "== heldout 0\nheldout.jsonl#1, " in shown and "tokens of padding" in shown
+    first = tokenizer.decode(tokenizer.encode("held out")[:1])
+    assert f"⟦{first}⟧" in shown
+    assert "\033[32m" in show_records(prepared, "general:0", tokenizer, colour=True)
+    for wanted, message in (("dev", "one of train, heldout, general"), ("train:999", "no record")):
+        with pytest.raises(UserError, match=message):
+            show_records(prepared, wanted, tokenizer, colour=False)
 
 
 def test_damaged_records_are_not_used(tmp_path, capsys, file_values):

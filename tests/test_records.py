@@ -60,7 +60,10 @@ def test_pairs_come_back_in_order(pair_set):
 
 
 def test_rows_come_back(tmp_path):
-    rows = [{"tokens": ids(i, 151664, 0), "segment_ids": ids(1, 1, 0)} for i in range(20)]
+    rows = [
+        {"tokens": ids(i, 151664, 0), "segment_ids": ids(1, 1, 0), "documents": "a"}
+        for i in range(20)
+    ]
     records = write_records(tmp_path / "rows", text_features(3), iter(rows), describe)
     for found, wanted in zip(records, rows, strict=True):
         assert_equal(found, wanted)

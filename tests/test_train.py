@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from rpo_jax import cli, study
+from rpo_jax.config import Checkpoint
+from rpo_jax.data.records import open_records
 from rpo_jax.evaluate import measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
+from rpo_jax.training.checkpoint import open_checkpoints
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.run import read_metrics
 from rpo_jax.training.state import abstract_weights, fingerprint_params
@@ -60,7 +63,9 @@ def base_overrides(workdir, **fields):
     shape = Path(workdir) / "shape.json"
     shape.parent.mkdir(parents=True, exist_ok=True)
     shape.write_text(json.dumps(SHAPE))
-    return overrides(workdir, model__shape=shape, **fields)
+    general = Path(workdir) / "general.txt"
+    general.write_text("昨日は雨が降ったので、駅まで傘をさして歩いた。" * 8)
+    return overrides(workdir, model__shape=shape, data__general=f"('{general}',)", **fields)
 
 
 def rpo_overrides(workdir, **fields):
@@ -131,6 +136,21 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     assert result["step"] == 12
     for name, value in after.items():
         np.testing.assert_allclose(result["heldout"][name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_tells_what_it_forgets_and_what_it_was_made_of(workdir):
+    folder = workdir / "fictional-base"
+    summary = json.loads((folder / "summary.json").read_text())
+    before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+    assert before["general_nll"] == pytest.approx(np.log(500), abs=0.5)
+    assert after["nll"] < after["general_nll"] != before["general_nll"]
+    assert read_metrics(folder)[0]["heldout/general_nll"] == before["general_nll"]
+    records = {open_records(path).fingerprint for path in (workdir / "data").glob("rows-*")}
+    assert set(summary["data"].values()) > records and len(records) == 3
+    assert json.loads((folder / "run.json").read_text())["data"] == summary["data"]
+    with open_checkpoints(folder, Checkpoint()) as checkpoints:
+        kept = checkpoints.checkpointables_metadata(checkpoints.latest.step).custom_metadata
+    assert kept == {"fingerprints": summary["data"]}
 
 
 def losses(folder):

@@ -1,58 +1,68 @@
-"""Documents: read, normalised, tokenised, one after the other."""
+"""Documents: read from files of several kinds, normalised."""
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
-import numpy as np
-from jaxtyping import Int
+from rpo_jax.data.files import (
+    MOST_BYTES,
+    Span,
+    plain_name,
+    read_objects,
+    read_rows,
+    read_whole,
+    take_string,
+    too_large,
+)
 
-from rpo_jax.data.files import read_objects, read_whole, take_string
-from rpo_jax.data.ledger import Ledger
-from rpo_jax.data.tokenizer import Tokenizer
-
-SUFFIXES = (".jsonl", ".txt")
+SUFFIXES = (".jsonl", ".txt", ".parquet")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, in Unicode NFC."""
+    """One text, in Unicode NFC.
+
+    Attributes:
+        id: its own, or file and line.
+        text: of it.
+        where: file and line, for messages.
+    """
 
     id: str
     text: str
+    where: str
 
 
-def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
-    """The documents of files: a line of .jsonl (`text`, and `id` if it has one), or a whole .txt.
+def read_documents(
+    span: Span, text_field: str = "text", id_field: str = "id"
+) -> Iterator[Document]:
+    """The documents of a file or a piece of one: a line, a row of Parquet, or a whole .txt.
+
+    Args:
+        span: what to read.
+        text_field: field of a JSON object, or column, that holds the text.
+        id_field: the same of the id; a document may do without.
 
     Raises:
         UserError: with file and line, where something is not as it should be.
     """
-    for path in paths:
-        if path.name.removesuffix(".gz").endswith(".txt"):
-            yield Document(path.name, unicodedata.normalize("NFC", read_whole(path)))
-            continue
-        for number, (where, record) in enumerate(read_objects(path), start=1):
-            text = unicodedata.normalize("NFC", take_string(where, record, "text"))
-            document_id = take_string(where, record, "id") if "id" in record else ""
-            yield Document(document_id or f"{path.name}#{number}", text)
+    name = PurePosixPath(span.path).name
+    if plain_name(name).endswith(".txt"):
+        yield Document(name, _normalise(read_whole(span.path)), span.path)
+        return
+    if name.endswith(".parquet"):
+        records = read_rows(span, (text_field, id_field))
+    else:
+        records = read_objects(span)
+    for where, record in records:
+        text = take_string(where, record, text_field)
+        if len(text) > MOST_BYTES // 4 and len(text.encode()) > MOST_BYTES:
+            raise too_large(where)
+        own = take_string(where, record, id_field) if record.get(id_field) is not None else ""
+        number = where.removeprefix(span.path).lstrip(": row")
+        yield Document(own or f"{name}#{number}", _normalise(text), where)
 
 
-def tokenise_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, ledger: Ledger
-) -> Iterator[Int[np.ndarray, "..."]]:
-    """Token ids, int32, of every document that is not empty; each ends in the end-of-text id.
-
-    Args:
-        documents: read as a stream.
-        tokenizer: takes text as plain text: a literal end-of-text token in it ends nothing.
-        ledger: learns the documents, characters and tokens (end of text included), and the drops.
-    """
-    for document in documents:
-        if not document.text.strip():
-            ledger.drop("empty", document.id)
-            continue
-        ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id], np.int32)
-        ledger.keep(tokens=len(ids), characters=len(document.text))
-        yield ids
+def _normalise(text: str) -> str:
+    return unicodedata.normalize("NFC", text)

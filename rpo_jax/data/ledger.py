@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rpo_jax.config import Data
+from rpo_jax.errors import UserError
+
 
 @dataclass
 class Drop:
@@ -15,11 +18,13 @@ class Drop:
         count: how many.
         example: the first of them.
         largest: the greatest measure among them, in the unit of the reason; 0 where it has none.
+        asked: whether the config asks for this: a filter, and not a length that they exceed.
     """
 
     count: int
     example: str
     largest: int = 0
+    asked: bool = False
 
 
 @dataclass
@@ -43,11 +48,20 @@ class Ledger:
         self.kept += 1
         self.totals.update(amounts)
 
-    def drop(self, reason: str, example: str, size: int = 0) -> None:
+    def drop(self, reason: str, example: str, size: int = 0, asked: bool = False) -> None:
         """Counts one input that does not."""
-        entry = self.dropped.setdefault(reason, Drop(0, example))
+        entry = self.dropped.setdefault(reason, Drop(0, example, asked=asked))
         entry.count += 1
         entry.largest = max(entry.largest, size)
+
+    def add(self, other: "Ledger") -> None:
+        """Takes over the counts of inputs that came after those counted here."""
+        self.kept += other.kept
+        self.totals.update(other.totals)
+        for reason, more in other.dropped.items():
+            entry = self.dropped.setdefault(reason, dataclasses.replace(more, count=0))
+            entry.count += more.count
+            entry.largest = max(entry.largest, more.largest)
 
     @property
     def dropped_count(self) -> int:
@@ -58,6 +72,11 @@ class Ledger:
     def dropped_share(self) -> float:
         """Of all inputs, the part that did not become records."""
         return self.dropped_count / max(self.kept + self.dropped_count, 1)
+
+    def share(self, asked: bool) -> float:
+        """Of all inputs, the part left out because the config asks for it, or all the same."""
+        count = sum(entry.count for entry in self.dropped.values() if entry.asked == asked)
+        return count / max(self.kept + self.dropped_count, 1)
 
     def __str__(self) -> str:
         share = f"{self.dropped_count:,} dropped ({self.dropped_share:.2%})"
@@ -76,3 +95,26 @@ class Ledger:
         """The ledger that `to_dict` wrote."""
         drops = {reason: Drop(**entry) for reason, entry in stored["dropped"].items()}
         return cls(stored["unit"], stored["kept"], drops, Counter(stored["totals"]))
+
+
+def check_shares(ledger: Ledger, split: str, data: Data) -> None:
+    """Stops where more was left out than the config allows.
+
+    Raises:
+        UserError: with the ledger.
+    """
+    dropped, filtered = data.max_dropped_share, data.corpus.max_filtered_share
+    for asked, name, allowed, advice in (
+        (False, "data.max_dropped_share", dropped, "raise the lengths named here, or"),
+        (
+            True,
+            "data.corpus.max_filtered_share",
+            filtered,
+            "relax the filters named here, or raise",
+        ),
+    ):
+        if ledger.share(asked) > allowed:
+            raise UserError(
+                f"{split}: more than {name}={allowed:g} of the input is left out\n{ledger}\n"
+                f"{advice} {name} to go on without these"
+            )

@@ -1,44 +1,103 @@
-"""Rows filled without waste: documents are cut where a row ends, pairs are kept whole."""
+"""Rows filled without waste: documents one after the other or as they fit, pairs kept whole."""
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 
 def pack(
-    documents: Iterable[Int[np.ndarray, "..."]], row_length: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts the stream of all documents into rows without a gap; only the last row is padded.
+    documents: Iterable[tuple[str, Int[np.ndarray, "..."]]], row_length: int, best_fit: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Puts documents into rows of one length; what is left of a row is padding.
 
-    A document that crosses a row's end goes on in the next row as a segment of its own.
+    As they come, documents follow each other without a gap: one that crosses a row's end goes on in
+    the next row as a segment of its own, and only the last row is padded. With `best_fit`, only
+    what is longer than a row is cut, and pieces go where they leave the least room; that wants to
+    see all documents first.
 
     Args:
-        documents: token ids, each document ending in its end-of-text id; empty ones are skipped.
+        documents: name and token ids, each ending in its end-of-text id; empty ones are skipped.
         row_length: T, tokens.
+        best_fit: see above.
 
     Yields:
-        tokens and segment_ids, int32 [T]: segments count from 1 in every row, 0 is padding.
+        tokens and segment_ids, int32 [T]: segments count from 1 in every row, 0 is padding; and
+        documents, the name of each segment on a line.
+
+    Source: best fit, Ding et al. (arXiv:2404.10830).
     """
-    tokens = np.zeros(row_length, np.int32)
-    segment_ids = np.zeros(row_length, np.int32)
-    filled, segment = 0, 0
-    for document in documents:
-        start = 0
-        while start < len(document):
-            piece = document[start : start + row_length - filled]
-            segment += 1
+    pieces = _cut_to_rows(documents, row_length, even=best_fit)
+    rows = _fit(list(pieces), row_length) if best_fit else _follow(pieces, row_length)
+    for row in rows:
+        tokens, segment_ids = np.zeros(row_length, np.int32), np.zeros(row_length, np.int32)
+        filled = 0
+        for segment, (_, piece) in enumerate(row, start=1):
             tokens[filled : filled + len(piece)] = piece
             segment_ids[filled : filled + len(piece)] = segment
-            start += len(piece)
             filled += len(piece)
-            if filled == row_length:
-                yield {"tokens": tokens, "segment_ids": segment_ids}
-                tokens, segment_ids = np.zeros_like(tokens), np.zeros_like(segment_ids)
-                filled, segment = 0, 0
-    if filled:
-        yield {"tokens": tokens, "segment_ids": segment_ids}
+        names = "\n".join(name for name, _ in row)
+        yield {"tokens": tokens, "segment_ids": segment_ids, "documents": names}
+
+
+def _cut_to_rows(
+    documents: Iterable[tuple[str, np.ndarray]], row_length: int, even: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Pieces of at most a row: from each document's start, or where rows end that follow on."""
+    filled = 0
+    for name, ids in documents:
+        start = 0
+        while start < len(ids):
+            piece = ids[start : start + row_length - (0 if even else filled)]
+            yield name, piece
+            start += len(piece)
+            filled = (filled + len(piece)) % row_length
+
+
+def _follow(
+    pieces: Iterable[tuple[str, np.ndarray]], row_length: int
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    row: list[tuple[str, np.ndarray]] = []
+    filled = 0
+    for piece in pieces:
+        row.append(piece)
+        filled += len(piece[1])
+        if filled == row_length:
+            yield row
+            row, filled = [], 0
+    if row:
+        yield row
+
+
+def _fit(
+    pieces: list[tuple[str, np.ndarray]], row_length: int
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Longest first, each into the row with the least room that it fits in."""
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # that some row has left, sorted
+    open_rows: dict[int, list[int]] = {}  # by their space
+    for piece in sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1])):
+        size = len(pieces[piece][1])
+        at = bisect.bisect_left(spaces, size)
+        if at == len(spaces):
+            row, space = len(rows), row_length
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                del open_rows[space], spaces[at]
+        rows[row].append(piece)
+        if left := space - size:
+            if left not in open_rows:
+                bisect.insort(spaces, left)
+            open_rows.setdefault(left, []).append(row)
+    # In the order of the first document of each row, so that like lengths do not come together.
+    for row_pieces in sorted(map(sorted, rows)):
+        yield [pieces[i] for i in row_pieces]
 
 
 def positions_from_segments(segment_ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from rpo_jax.data.files import read_objects, take_string
 from rpo_jax.data.ledger import Ledger
@@ -25,7 +25,7 @@ class Pair:
     rejected: str
 
 
-def read_pairs(paths: Iterable[Path]) -> Iterator[Pair]:
+def read_pairs(paths: Iterable[epath.PathLike]) -> Iterator[Pair]:
     """The pairs of JSONL files with the strings `id`, `prompt`, `chosen` and `rejected`.
 
     Other fields are ignored.

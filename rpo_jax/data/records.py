@@ -7,9 +7,10 @@ appears complete, by one rename, or not at all.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
-import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from rpo_jax.errors import UserError
 
@@ -28,15 +31,16 @@ Example = dict[str, Any]
 Features = Mapping[str, Any]  # name -> feature of tensorflow-datasets
 
 INFO_FILE = "dataset.json"
-FORMAT = 1  # raised when the meaning of stored records changes: older sets are then made anew
-_SPLIT = "records"
+FORMAT = 2  # raised when the meaning of stored records changes: older sets are then made anew
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME, _SPLIT = "rpo", "records"
 _LIBRARIES = ("tensorflow-datasets", "array-record", "numpy")
 
 
 def text_features(row_length: int) -> Features:
     """A packed text row: what `packing.pack` yields."""
     row = tfds.features.Tensor(shape=(row_length,), dtype=np.int32)
-    return {"tokens": row, "segment_ids": row}
+    return {"tokens": row, "segment_ids": row, "documents": tfds.features.Text()}
 
 
 def pair_features() -> Features:
@@ -83,28 +87,6 @@ class Records(Sequence[Example]):
         return (self[index] for index in range(len(self)))
 
 
-class RecordSet(tfds.core.GeneratorBasedBuilder):
-    """The builder: examples in the order given, in one split."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos: Mapping[str, Any] = {}  # nothing is downloaded; looking for checksums would fail
-
-    def __init__(self, features: Features, examples: Iterable[Example], data_dir: Path) -> None:
-        self._features = features
-        self._examples = examples
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(self._features)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Example]]]:
-        return {_SPLIT: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, Example]]:
-        yield from enumerate(self._examples)
-
-
 def digest(value: Any) -> str:
     """sha256 of plain nested data, independent of the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=True)
@@ -117,7 +99,7 @@ def write_records(
     examples: Iterable[Example],
     describe: Callable[[], Mapping[str, Any]],
 ) -> Records:
-    """Writes a record set, atomically: an exception on the way leaves nothing behind.
+    """Writes a record set of one shard, atomically: an exception on the way leaves nothing behind.
 
     Args:
         directory: the folder to create.
@@ -129,34 +111,106 @@ def write_records(
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{directory.name}.incomplete-", dir=directory.parent))
     try:
-        builder = RecordSet(features, examples, scratch)
-        _build(builder)
-        complete = Path(builder.data_path)
-        shards = {
-            shard.name: {"bytes": shard.stat().st_size, "records": count}
-            for shard, count in zip(
-                map(Path, builder.info.splits[_SPLIT].filepaths),
-                builder.info.splits[_SPLIT].shard_lengths,
-                strict=True,
-            )
-        }
-        info = {
-            "format": FORMAT,
-            "records": sum(shard["records"] for shard in shards.values()),
-            "shards": shards,
-            "versions": {name: version(name) for name in _LIBRARIES},
-            **describe(),
-        }
-        text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
-        (complete / INFO_FILE).write_text(text, encoding="utf-8")
-        _check_shards(complete, shards)
-        try:
-            complete.rename(directory)
-        except OSError:
-            if not (directory / INFO_FILE).is_file():
-                raise  # else another process was faster with the same set
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        count = write_shard(scratch / shard_name(0, 1), features, examples)
+        return seal_records(scratch, directory, features, [count], describe())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """The file of a shard, as tensorflow-datasets looks for it."""
+    return f"{_NAME}-{_SPLIT}.array_record-{shard:05}-of-{shards:05}"
+
+
+def write_shard(path: epath.PathLike, features: Features, examples: Iterable[Example]) -> int:
+    """Writes the file of a shard, whole or not at all; the same examples are the same bytes.
+
+    Args:
+        path: of the file, which may lie in a bucket.
+        features: of each example.
+        examples: consumed as a stream.
+
+    Returns:
+        How many there were.
+    """
+    path = epath.Path(path)
+    local = not os.fspath(path).startswith("gs://")
+    schema = tfds.features.FeaturesDict(features)
+    serializer = ExampleSerializer(schema.get_serialized_info())
+    with tempfile.TemporaryDirectory(prefix=".shard-", dir=path.parent if local else None) as room:
+        scratch = Path(room) / path.name
+        count = 0
+        with _open_writer(scratch) as writer:
+            for count, example in enumerate(examples, start=1):  # noqa: B007 (used after the loop)
+                proto = serializer.get_tf_example(schema.encode_example(example))
+                # Left to itself, protobuf orders fields by a number that each process draws.
+                writer.write(proto.SerializeToString(deterministic=True))
+        if local:
+            scratch.replace(os.fspath(path))
+        else:
+            epath.Path(scratch).copy(path, overwrite=True)
+    return count
+
+
+@contextlib.contextmanager
+def _open_writer(path: Path) -> Iterator[Any]:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except RuntimeError as error:  # what the library makes of an OSError
+        for code in FULL_DISK:
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code), str(path)) from error
+        raise
+
+
+def seal_records(
+    scratch: Path,
+    directory: Path,
+    features: Features,
+    counts: Sequence[int],
+    info: Mapping[str, Any],
+) -> Records:
+    """Makes a record set of a folder that holds all its shards, and gives it its name.
+
+    Args:
+        scratch: the folder with the shards, on the same disk as `directory`.
+        directory: that it becomes.
+        features: of each example.
+        counts: examples of each shard.
+        info: what `dataset.json` shall say beside the counts, at least a `fingerprint`.
+    """
+    names = [shard_name(shard, len(counts)) for shard in range(len(counts))]
+    sizes = [(scratch / name).stat().st_size for name in names]
+    shards = {
+        name: {"bytes": size, "records": count}
+        for name, size, count in zip(names, sizes, counts, strict=True)
+    }
+    split = tfds.core.SplitInfo(
+        name=_SPLIT, shard_lengths=list(counts), num_bytes=sum(sizes), filename_template=None
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=scratch, features=features, split_infos=[split], check_data=False
+    )
+    content = {
+        "format": FORMAT,
+        "records": sum(counts),
+        "shards": shards,
+        "versions": {name: version(name) for name in _LIBRARIES},
+        **info,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (scratch / INFO_FILE).write_text(text, encoding="utf-8")
+    _check_shards(scratch, shards)
+    try:
+        scratch.rename(directory)
+    except OSError:
+        if not (directory / INFO_FILE).is_file():
+            raise  # else another process was faster with the same set
     return open_records(directory)
 
 
@@ -211,10 +265,3 @@ def _check_shards(directory: Path, shards: Mapping[str, Mapping[str, int]]) -> N
             raise UserError(f"{path}: damaged ({error}){mend}") from error
         if count != wanted["records"]:
             raise UserError(f"{path}: {count} records, {wanted['records']} were written{mend}")
-
-
-def _build(builder: RecordSet) -> None:
-    # tensorflow-datasets speaks of downloads; what is worth knowing our callers say.
-    tfds.display_progress_bar(False)
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()

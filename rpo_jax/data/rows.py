@@ -30,7 +30,7 @@ TARGET_ARRAYS = (
 )
 
 
-def text_row(record: Mapping[str, Ids]) -> Row:
+def text_row(record: Mapping[str, Any]) -> Row:
     """A packed text row for next-token prediction.
 
     A token is predicted by its predecessor in the same segment, so the first token of a document

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -45,7 +46,7 @@ class Tokenizer:
     content: bytes = field(repr=False)
     file_name: str
     control: Mapping[int, str] = field(repr=False)
-    _encode: Callable[[str], list[int]] = field(repr=False)
+    _encode: Callable[[Sequence[str]], list[list[int]]] = field(repr=False)
     _decode: Callable[[Sequence[int]], str] = field(repr=False)
 
     @property
@@ -55,11 +56,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; nothing is added at its ends."""
-        return self._encode(text)
+        return self._encode([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return self._encode(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens spelt out where the tokenizer can."""
         return self._decode(ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Goes to other processes as the content of its file."""
+        return _parse, (Path(self.file_name), self.content, self.eos_token)
 
     def save(self, directory: Path) -> None:
         """Copies the file and the end of text into `directory`, for `read_tokenizer` to find."""
@@ -94,7 +103,10 @@ def read_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
-    content = path.read_bytes()
+    return _parse(path, path.read_bytes(), end_of_text)
+
+
+def _parse(path: Path, content: bytes, end_of_text: str) -> Tokenizer:
     if content.lstrip()[:1] == b"{":
         return _from_json(path, content, end_of_text)
     return _from_sentencepiece(path, content, end_of_text)
@@ -160,10 +172,10 @@ def _from_json(path: Path, content: bytes, end_of_text: str) -> Tokenizer:
         raise _no_end(path, eos_token, added)
     eos_id = vocabulary[eos_token]
 
-    def encode(text: str) -> list[int]:
-        return library.encode(text, add_special_tokens=False).ids
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)]
 
-    if eos_id in encode(eos_token):
+    if eos_id in encode([eos_token])[0]:
         raise UserError(
             f"{path}: {eos_token!r} is an ordinary token, and text that contains it would end "
             "there; choose a control token (tokenizer.end_of_text)"
@@ -201,7 +213,10 @@ def _from_sentencepiece(path: Path, content: bytes, end_of_text: str) -> Tokeniz
         )
     space_ids = [library.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
-    def encode(text: str) -> list[int]:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return list(map(encode_one, texts))
+
+    def encode_one(text: str) -> list[int]:
         # The library reads a literal "\u2581" as a space; as bytes it survives.
         first, *rest = library.encode(text.split(_SPACE))
         return list(itertools.chain(first, *(space_ids + ids for ids in rest)))

@@ -71,6 +71,7 @@ class Sitting:
         weights: digest of its weights.
         shots: demonstrations in the prompts, which names their formats.
         drawing: how answers are drawn.
+        data: fingerprints of what a run was trained on, by name; of other models none.
     """
 
     exam: str
@@ -83,6 +84,7 @@ class Sitting:
     weights: str
     shots: int
     drawing: Drawing
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Orbax writes each step into a temporary folder and renames it, so that a killed 
 whole checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,25 @@ def _cut_layers(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.Storage
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 
 
-def save_state(checkpoints: ocp.training.Checkpointer, state: TrainState) -> None:
-    """Writes a state in the background, once the save before has ended; an existing step stays."""
+def save_state(
+    checkpoints: ocp.training.Checkpointer,
+    state: TrainState,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a state in the background, once the save before has ended; an existing step stays.
+
+    Fingerprints, of what it was trained on, are kept with it as its custom metadata.
+    """
     checkpoints.wait()
     step = int(state.step)
     if any(found.step == step for found in checkpoints.checkpoints):
         return
     optimizer = {"step": state.step, "state": state.optimizer}
     checkpoints.save_checkpointables_async(
-        step, {"params": state.params, "optimizer": optimizer}, force=True
+        step,
+        {"params": state.params, "optimizer": optimizer},
+        force=True,
+        custom_metadata={"fingerprints": dict(fingerprints or {})},
     )
 
 

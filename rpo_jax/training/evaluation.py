@@ -39,16 +39,29 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def make_evaluate(
-    work: Workload, abstract: Params, records: Records, reference: Reference | None
+    work: Workload,
+    abstract: Params,
+    records: Records,
+    reference: Reference | None,
+    general: Records | None = None,
 ) -> Callable[..., dict[str, float]]:
     """A function from weights to held-out means over the first `train.eval_rows` records.
 
     Its second argument, by default `work.hyper`, are the weights of the loss. It adds up in
-    float64; a mean that is not finite, or nothing to predict, is a UserError.
+    float64; a mean that is not finite, or nothing to predict, is a UserError. With `general` text
+    it also measures `general_nll`, the nats/token there.
     """
     measure = make_measure(work, abstract)
 
     def evaluate(params: Params, hyper: Hyper = work.hyper) -> dict[str, float]:
+        means = measure_set(params, hyper, records, reference)
+        if general is not None:
+            means["general_nll"] = measure_set(params, hyper, general, None)["nll"]
+        return means
+
+    def measure_set(
+        params: Params, hyper: Hyper, records: Records, reference: Reference | None
+    ) -> dict[str, float]:
         sums: dict[tuple[str, str], float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         for batch in heldout_batches(work, records, reference, work.config.train.eval_rows):

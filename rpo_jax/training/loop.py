@@ -19,6 +19,7 @@ from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.diagnostics import Watch, make_term_gradients
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.metrics import MetricLog, count_flops, measure_memory, peak_flops
+from rpo_jax.training.run import read_fingerprints
 from rpo_jax.training.state import TrainState, join_params
 from rpo_jax.training.workload import Workload
 
@@ -78,7 +79,7 @@ def run_steps(
                 watch.look(done, heldout)
                 meter.start()
             if save:
-                save_state(checkpoints, state)
+                save_state(checkpoints, state, read_fingerprints(config.folder))
                 log.write(done, measure_memory())
             # Only where this step was saved: a signal that came since then waits for the next one.
             if save and stop:

@@ -37,6 +37,8 @@ _FREE = (
     "train.log_every_steps",
     "train.eval_every_steps",
     "data.max_dropped_share",
+    "data.corpus.max_filtered_share",
+    "data.workers",
     "data.sample.slots",
     "data.pair.max_left_out_share",
     "rounds.",
@@ -155,6 +157,11 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
             f"{config.folder} holds a run with another config ({'; '.join(changed)}); choose "
             "another --config.name, or delete the folder to start afresh"
         )
+
+
+def read_fingerprints(folder: Path) -> dict[str, str]:
+    """The fingerprints of data and tokenizer that a run was made of; none of another model."""
+    return _read_run(folder)["data"] if (folder / _RUN_FILE).exists() else {}
 
 
 def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
