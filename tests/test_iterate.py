@@ -40,6 +40,8 @@ def overrides(workdir, **fields):
             "data__pair__heldout_share": 0.2,
             "data__prompt_length": 224,
             "data__response_length": 8,
+            "mesh__fsdp": 1,
+            "mesh__tensor": 1,
             "train__steps": 6,
             "checkpoint__save_every_steps": 3,
             **fields,
