@@ -32,10 +32,10 @@ REPO = Path(__file__).resolve().parents[2]
 SHOWN = ("preference_accuracy", "reward_accuracy", "margin", "nll", "dpo")
 
 
-def load(name: str, workdir: str, **fields: Any) -> Config:
+def load(stage: str, workdir: str, **fields: Any) -> Config:
     """A committed config, changed."""
     words = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
-    path = str(REPO / f"configs/fictional_{name}.py")
+    path = str(REPO / f"configs/fictional_{stage}.py")
     return cli.load_config(path, [f"--config.workdir={workdir}", *words])
 
 
