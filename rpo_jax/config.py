@@ -470,6 +470,11 @@ class Checkpoint:
 
     save_every_steps: int = option(100, "besides the last step", at_least=1)
     keep: int = option(2, "newest checkpoints kept", at_least=1)
+    directory: str = option(
+        "",
+        "folder, such as gs://bucket/checkpoints, in which a folder of the run's name holds them; "
+        "empty: the run's own folder",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

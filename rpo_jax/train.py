@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from etils import epath
 
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
@@ -16,6 +17,7 @@ from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state
+from rpo_jax.training.distributed import OPTIONS, in_turn, joined, read_cluster
 from rpo_jax.training.dry_run import describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
 from rpo_jax.training.loop import heldout_names, run_steps
@@ -39,12 +41,23 @@ from rpo_jax.training.state import (
 )
 from rpo_jax.training.step import make_step
 from rpo_jax.training.workload import Workload, make_workload, train_batches
+from rpo_jax.weights.store import find_checkpoints
 
 
-def main(config: Config, dry_run: bool = False) -> None:
+def main(
+    config: Config,
+    dry_run: bool = False,
+    processes: str = "",
+    coordinator: str = "",
+    process: str = "",
+    timeout_s: str = "",
+) -> None:
     """Trains one run, CPT or RPO as the config says; run again, it goes on where it stopped."""
-    work = build(config)
-    print(describe_run(work) if dry_run else format_summary(train(work)))
+    with joined(config, read_cluster(processes, coordinator, process, timeout_s)):
+        work = build(config)
+        told = describe_run(work) if dry_run else format_summary(train(work))
+        if jax.process_index() == 0:
+            print(told)
 
 
 def build(config: Config) -> Workload:
@@ -70,9 +83,9 @@ def open_inputs(work: Workload) -> Inputs:
     Raises:
         UserError: they do not fit the network, or the run that is there is another one.
     """
-    tokenizer = load_tokenizer(work.config)
+    tokenizer = in_turn(lambda: load_tokenizer(work.config))
     check_vocabulary(work.config, tokenizer, work.network.shape)
-    prepared = prepare(work.config, tokenizer)
+    prepared = in_turn(lambda: prepare(work.config, tokenizer))
     records, heldout = open_records(prepared.train), open_records(prepared.heldout)
     fingerprints = {
         "the tokenizer": tokenizer.fingerprint,
@@ -82,7 +95,7 @@ def open_inputs(work: Workload) -> Inputs:
     general = open_records(prepared.general) if prepared.general else None
     if general is not None:
         fingerprints["the general text"] = general.fingerprint
-    open_run(work.config, work.network.shape, tokenizer, fingerprints)
+    in_turn(lambda: open_run(work.config, work.network.shape, tokenizer, fingerprints))
     return Inputs(tokenizer, prepared, records, heldout, general)
 
 
@@ -131,7 +144,7 @@ def train(work: Workload) -> dict[str, Any]:
             if not log.has(config.train.steps, "heldout/loss"):
                 last = evaluate(join_params(state.params, frozen))
                 log.write(config.train.steps, heldout_names(last))
-    return summarise(config, inputs.prepared)
+    return in_turn(lambda: summarise(config, inputs.prepared))
 
 
 def summarise(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -155,7 +168,7 @@ def summarise(config: Config, prepared: Prepared) -> dict[str, Any]:
         "data": read_fingerprints(folder),
         "paths": {
             "run": str(folder),
-            "checkpoint": str(folder / "checkpoints" / str(config.train.steps)),
+            "checkpoint": str(find_checkpoints(epath.Path(folder)) / str(config.train.steps)),
             "metrics": str(folder / "metrics.jsonl"),
             "log": str(folder / "log.txt"),
             "records": str(prepared.train),
@@ -178,4 +191,4 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, dry_run="print the plan of the run and stop")
+    cli.run(main, options=OPTIONS, dry_run="print the plan of the run and stop")

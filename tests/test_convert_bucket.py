@@ -12,6 +12,9 @@ import pytest
 from converting import REPO, command
 from hub import TIED, random_tensors, read_files, write_checkpoint
 
+from tests.processes import finish, start
+from tests.test_train import BASE, base_overrides, losses
+
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="wants the `parity` extra")
 pytest.importorskip("gcsfs", reason="wants the `gcs` extra")
 
@@ -122,3 +125,33 @@ def test_what_is_not_ours_stays(tmp_path: Path, bucket: Bucket) -> None:
     more = ("export", "--source", "gs://bucket/thesis/chapter", "--base", "none")
     assert "move it away" in bucket.run(*more, *words, status=2)
     assert bucket.read() == held
+
+
+def test_a_run_keeps_its_checkpoints_in_a_bucket(tmp_path: Path, bucket: Bucket) -> None:
+    arguments = base_overrides(
+        tmp_path, train__steps=6, checkpoint__directory="gs://bucket/runs", checkpoint__keep=1
+    )
+    words = ["rpo_jax.train", f"--config={BASE}", *arguments]
+    folder = tmp_path / "fictional-base"
+
+    def run(count: int) -> dict[str, str]:
+        processes = start(count, words, env=bucket.env)
+        for process, (_, errors) in zip(processes, finish(processes), strict=True):
+            assert process.returncode == 0, errors
+        return json.loads((folder / "summary.json").read_text())
+
+    summary = run(2)
+    assert summary["paths"]["checkpoint"] == "gs://bucket/runs/fictional-base/6"
+    assert not (folder / "checkpoints").exists()
+    steps = {name.split("/")[2] for name in bucket.read()}
+    assert steps == {"6"}
+    # one process reads what two have written
+    (folder / "summary.json").unlink()
+    assert run(1) == summary
+    assert list(losses(folder)) == list(range(1, 7))
+    # without its folder, nobody knows whose checkpoints those are
+    shutil.rmtree(folder)
+    (process,) = start(1, words, env=bucket.env)
+    ((_, errors),) = finish([process])
+    assert process.returncode == 2
+    assert "gs://bucket/runs/fictional-base holds checkpoints, but" in errors

@@ -55,8 +55,12 @@ def test_a_start_step_is_the_same_as_going_there(start):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batch_in_order(count):
-    parts = [draw(5, process_index=i, process_count=count) for i in range(count)]
+    parts = [draw(5, own_rows=rows.tolist()) for rows in np.split(np.arange(4), count)]
     assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == draw(5)
+
+
+def test_a_process_may_hold_any_rows():
+    assert draw(5, own_rows=[0, 3]) == [[rows[0], rows[3]] for rows in draw(5)]
 
 
 def test_threads_do_not_change_the_order():
@@ -84,8 +88,8 @@ def test_once_is_every_record_in_order_then_filler(limit, wanted):
 
 def test_once_is_shared_by_processes_with_one_count_of_batches():
     parts = [
-        list(iterate_once(SOURCE, make_row, batch_rows=4, process_index=i, process_count=2))
-        for i in range(2)
+        list(iterate_once(SOURCE, make_row, batch_rows=4, own_rows=rows))
+        for rows in ([0, 1], [2, 3])
     ]
     assert len(parts[0]) == len(parts[1]) == 2
     joined = [
@@ -122,5 +126,5 @@ def test_arranged_rows_are_shared_by_processes():
         )
         return [batch["record_index"].tolist() for batch in itertools.islice(batches, 4)]
 
-    parts = [rows(process_index=i, process_count=4) for i in range(4)]
+    parts = [rows(own_rows=[row]) for row in range(4)]
     assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == rows()

@@ -100,6 +100,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
+def find_own_rows(mesh: Mesh, batch_rows: int) -> list[int]:
+    """The rows of a global batch that the devices of this process hold, in order.
+
+    Which they are is the mesh's affair: its devices are not in the order of the processes, and
+    where `tensor` or `seq` spans several processes, these hold the same rows.
+    """
+    places = batch_sharding(mesh).devices_indices_map((batch_rows,))
+    cuts = [places[device][0] for device in mesh.local_devices]
+    return sorted({row for cut in cuts for row in range(*cut.indices(batch_rows))})
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())

@@ -25,9 +25,9 @@ from rpo_jax.config import Checkpoint as CheckpointConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.state import TrainState
+from rpo_jax.weights.store import find_checkpoints, place_checkpoints
 from rpo_jax.weights.workplace import refuse_unfinished
 
-_FOLDER = "checkpoints"
 # A host of another mesh, or an export, reads whole chunks for the part of an array that it wants.
 # A chunk is of one layer: an export goes layer by layer, and would else read all for each of them.
 _CHUNK_BYTES = 32 * 2**20
@@ -41,7 +41,7 @@ def open_checkpoints(folder: Path, config: CheckpointConfig) -> ocp.training.Che
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     context.array.saving.scoped_storage_options_creator = _cut_layers
     return ocp.training.Checkpointer(
-        (folder / _FOLDER).absolute(),
+        place_checkpoints(epath.Path(folder).resolve(), config.directory),
         context=context,
         preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
         cleanup_tmp_directories=True,
@@ -158,8 +158,12 @@ def open_params(checkpoints: ocp.training.Checkpointer, step: int, wanted: Param
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a model folder holds a finished checkpoint, judged by its folders' names."""
-    path = folder / _FOLDER
-    return path.is_dir() and any(step.name.isdigit() for step in path.iterdir())
+    return has_steps(find_checkpoints(epath.Path(folder)))
+
+
+def has_steps(place: epath.Path) -> bool:
+    """Whether a folder holds finished checkpoints, judged by its folders' names."""
+    return place.is_dir() and any(step.name.isdigit() for step in place.iterdir())
 
 
 def open_existing(folder: Path) -> ocp.training.Checkpointer:
@@ -169,7 +173,7 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
         UserError: there are none, or an import into the folder is not finished.
     """
     refuse_unfinished(epath.Path(folder))
-    path = (folder / _FOLDER).absolute()
+    path = find_checkpoints(epath.Path(folder).resolve())
     if path.is_dir():
         # Of a checkpoint with the optimizer's state too, the weights are read, one array at a time.
         context = ocp.Context()

@@ -1,6 +1,7 @@
 """What a run would do, told without doing it."""
 
 import jax
+from etils import epath
 
 from rpo_jax.model.qwen2 import count_params
 from rpo_jax.training.estimate import full_batch, local_bytes
@@ -9,6 +10,7 @@ from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.state import abstract_state, abstract_weights, split_params
 from rpo_jax.training.step import make_step
 from rpo_jax.training.workload import Workload, example_batch
+from rpo_jax.weights.store import place_checkpoints
 
 _GIB = 2**30
 
@@ -52,9 +54,10 @@ def describe_run(work: Workload) -> str:
         "memory": f"{state / _GIB:.3f} GiB state + {memory.temp_size_in_bytes / _GIB:.3f} GiB "
         "working space a device, by the compiler",
         "data": f"{config.data.source} -> {config.workdir}/data/",
-        "run": f"{folder}/ (run.json, model/, checkpoints/, metrics.jsonl, log.txt)",
+        "run": f"{folder}/ (run.json, model/, metrics.jsonl, log.txt)",
         "checkpoints": f"every {config.checkpoint.save_every_steps} steps, newest "
-        f"{config.checkpoint.keep} kept",
+        f"{config.checkpoint.keep} kept in "
+        f"{place_checkpoints(epath.Path(folder), config.checkpoint.directory)}/",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -15,6 +15,7 @@ from rpo_jax.data.records import Records
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding
+from rpo_jax.training.distributed import agree, wait_for_all
 from rpo_jax.training.objective import Batch, Hyper
 from rpo_jax.training.reference import (
     Reference,
@@ -31,7 +32,7 @@ REFERENCE_NOTE = "reference.json"  # in a run's folder
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows as part of a global batch on the mesh."""
+    """The rows of a global batch that this process holds (`find_own_rows`), put on the mesh."""
     place = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()
@@ -145,8 +146,11 @@ def find_references(
             )
         return origin
 
-    if step == 0 or not note.is_file():
-        write_json(note, {"weights": identify(reference_params())})
+    if step == 0 or agree(not note.is_file()):
+        weights = identify(reference_params())
+        if jax.process_index() == 0:
+            write_json(note, {"weights": weights})
+        wait_for_all()
     score = make_score(work, abstract)
 
     def find(records: Records) -> Reference:

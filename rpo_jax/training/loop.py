@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from rpo_jax.errors import Stopped, UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.diagnostics import Watch, make_term_gradients
+from rpo_jax.training.distributed import all_should_stop
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.metrics import MetricLog, count_flops, measure_memory, peak_flops
 from rpo_jax.training.run import read_fingerprints
@@ -64,6 +66,8 @@ def run_steps(
             bar.update()
             pending.append((done, batch["record_index"], metrics))
             meter.add(batch)
+            if all_should_stop(done):
+                stop.append(signal.SIGTERM)
             last = done == train.steps or bool(stop)
             save = last or done % config.checkpoint.save_every_steps == 0
             look = train.eval_every_steps and done % train.eval_every_steps == 0
@@ -79,6 +83,7 @@ def run_steps(
                 watch.look(done, heldout)
                 meter.start()
             if save:
+                log.sync()  # a checkpoint is never ahead of its metrics
                 save_state(checkpoints, state, read_fingerprints(config.folder))
                 log.write(done, measure_memory())
             # Only where this step was saved: a signal that came since then waits for the next one.
@@ -102,6 +107,7 @@ class _Meter:
 
     def __init__(self, work: Workload):
         self._network = work.network
+        self._rows = work.config.train.batch_rows
         self._peak = peak_flops(list(work.mesh.devices.flat))
         self.start()
 
@@ -109,9 +115,9 @@ class _Meter:
         self._since, self._tokens, self._flops = time.perf_counter(), 0.0, 0.0
 
     def add(self, batch: dict[str, np.ndarray]) -> None:
-        processes = jax.process_count()
-        self._tokens += float((batch["segment_ids"] > 0).sum()) * processes
-        self._flops += count_flops(self._network, batch) * processes
+        share = self._rows / len(batch["segment_ids"])  # other processes have rows like these
+        self._tokens += float((batch["segment_ids"] > 0).sum()) * share
+        self._flops += count_flops(self._network, batch) * share
 
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
@@ -153,16 +159,26 @@ def _say(step: int, steps: int, scalars: dict[str, float]) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM or a first Ctrl-C is put into; a second one acts at once."""
+    """A list that SIGTERM or a first Ctrl-C is put into; a second one acts at once.
+
+    Where there are several processes the list stays empty: jax takes the SIGTERM that comes to one
+    of them, which a Ctrl-C is made into, and `all_should_stop` tells them all.
+    """
     received: list[signal.Signals] = []
 
     def note(number: int, frame: Any) -> None:
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, previous[number])
+            return
         received.append(signal.Signals(number))
-        for caught in previous:
-            signal.signal(caught, previous[caught])
+        for each in previous:
+            signal.signal(each, previous[each])
         logging.warning("%s: stopping after this step, with a checkpoint", received[0].name)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    several = jax.process_count() > 1
+    caught: list[int] = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    previous = {number: signal.signal(number, note) for number in caught}
     try:
         yield received
     finally:

@@ -114,6 +114,11 @@ class MetricLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def sync(self) -> None:
+        """Makes what was written outlast this machine; a mounted bucket has it only then."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def __enter__(self) -> "MetricLog":
         """Itself."""
         return self

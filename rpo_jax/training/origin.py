@@ -40,6 +40,7 @@ from rpo_jax.training.checkpoint import (
 )
 from rpo_jax.training.state import abstract_weights, join_params, make_params, split_params
 from rpo_jax.weights.manifest import fingerprint_step
+from rpo_jax.weights.store import find_checkpoints
 
 NOTE = "adapters.json"
 
@@ -161,9 +162,9 @@ def fingerprint_checkpoint(folder: Path, step: int) -> str:
     Raises:
         UserError: it is not there.
     """
-    path = folder / "checkpoints" / str(step)
+    path = find_checkpoints(epath.Path(folder)) / str(step)
     try:
-        return fingerprint_step(epath.Path(path))[:16]
+        return fingerprint_step(path)[:16]
     except OSError as error:
         raise UserError(f"{path}: the checkpoint is not there ({error})") from error
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from rpo_jax.errors import UserError
+from rpo_jax.training.distributed import agree
 
 Reference = Float[np.ndarray, "records M"]
 
@@ -44,8 +45,8 @@ def find_reference(
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = records / f"reference-{digest}.npy"
-    stored = _load(path, count)
-    if stored is not None:
+    if agree(path.exists()):
+        stored = _load(path, count)
         logging.info("reference: found %s", path)
         check(path, stored)
         return stored
@@ -58,9 +59,7 @@ def find_reference(
     return result
 
 
-def _load(path: Path, count: int) -> Reference | None:
-    if not path.exists():
-        return None
+def _load(path: Path, count: int) -> Reference:
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -83,8 +82,9 @@ def compute_reference(
     """Scores every record.
 
     Args:
-        score: the forward pass, a batch to float32 log-probabilities [B, M].
-        batches: all records once, one a row; `record_index` says which, -1 for empty rows.
+        score: the forward pass, a process's rows to the log-probabilities of all rows of the global
+            batch, float32 [B, M].
+        batches: all records once and in order, one a row; empty rows at the end.
         count: number of records.
 
     Returns:
@@ -94,18 +94,19 @@ def compute_reference(
         UserError: a log-probability is not finite; names the records.
     """
     result: np.ndarray | None = None
+    done = 0
     with tqdm(total=count, desc="reference", unit="pair", disable=None) as progress:
         for batch in batches:
             logps_BM = np.asarray(score(batch), np.float32)
-            index = batch["record_index"][:, 0]
-            real = index >= 0
-            if not np.isfinite(logps_BM[real]).all():
-                bad = index[real][~np.isfinite(logps_BM[real]).all(axis=1)]
+            logps_BM = logps_BM[: count - done]
+            if not np.isfinite(logps_BM).all():
+                bad = done + np.flatnonzero(~np.isfinite(logps_BM).all(axis=1))
                 raise UserError(f"the reference gives no finite log-probability for records {bad}")
             if result is None:
                 result = np.zeros((count, logps_BM.shape[1]), np.float32)
-            result[index[real]] = logps_BM[real]
-            progress.update(int(real.sum()))
+            result[done : done + len(logps_BM)] = logps_BM
+            done += len(logps_BM)
+            progress.update(len(logps_BM))
     assert result is not None, "a record set is never empty"
     return result
 

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from rpo_jax import __version__
 from rpo_jax.config import Config, to_dict
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
-from rpo_jax.training.checkpoint import has_checkpoint
+from rpo_jax.training.checkpoint import has_checkpoint, has_steps
 from rpo_jax.training.origin import NOTE, note_adapters
-
-_RUN_FILE = "run.json"
+from rpo_jax.weights.store import RUN_FILE, place_checkpoints
 
 # What a run may go on with: none of these changes its numbers (beyond float rounding).
 _FREE = (
     "workdir",
     "log.",
-    "checkpoint.",
+    "checkpoint.save_every_steps",
+    "checkpoint.keep",
     "mesh.",
     "model.attention",
     "model.remat",
@@ -116,7 +117,15 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
                 f"{folder}: {' and '.join(changed)} changed since this run began; restore what it "
                 "was made of, or choose another --config.name"
             )
-    elif jax.process_index() == 0:
+        return folder
+    place = place_checkpoints(epath.Path(folder), config.checkpoint.directory)
+    if has_steps(place):
+        raise UserError(
+            f"checkpoint.directory={config.checkpoint.directory}: {place} holds checkpoints, but "
+            f"{folder} is not the run that they are of; restore that, or choose another "
+            "--config.name"
+        )
+    if jax.process_index() == 0:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         if config.origin is None:
             write_json(folder / "model" / "config.json", shape_to_hf(shape))
@@ -131,8 +140,9 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
             note_adapters(config, tokenizer)
         if config.origin is None or config.tokenizer.path:
             tokenizer.save(folder / "model")
-        run = {"config": to_dict(config), "data": data, "versions": _versions()}
-        write_json(folder / _RUN_FILE, run)
+        versions = find_versions() | {"device": jax.devices()[0].device_kind}
+        run = {"config": to_dict(config), "data": data, "versions": versions}
+        write_json(folder / RUN_FILE, run)
     return folder
 
 
@@ -161,11 +171,11 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
 
 def read_fingerprints(folder: Path) -> dict[str, str]:
     """The fingerprints of data and tokenizer that a run was made of; none of another model."""
-    return _read_run(folder)["data"] if (folder / _RUN_FILE).exists() else {}
+    return _read_run(folder)["data"] if (folder / RUN_FILE).exists() else {}
 
 
 def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / _RUN_FILE
+    path = folder / RUN_FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         return {"config": dict(run["config"]), "data": dict(run["data"])}
@@ -175,13 +185,13 @@ def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: damaged ({error}); restore it or choose another name") from error
 
 
-def _versions() -> dict[str, str]:
+def find_versions() -> dict[str, str]:
+    """Versions of what a run is computed with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "rpo_jax": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
     }
 
 

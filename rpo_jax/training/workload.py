@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +15,7 @@ from rpo_jax.data.rows import PairLayout, pair_row, text_row
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network
 from rpo_jax.model.splash import LANES
+from rpo_jax.sharding.rules import find_own_rows
 from rpo_jax.training.objective import (
     Hyper,
     Objective,
@@ -150,8 +150,7 @@ def train_batches(
         batch_rows=work.config.train.batch_rows,
         seed=work.config.seed,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        own_rows=find_own_rows(work.mesh, work.config.train.batch_rows),
         arrange=work.arrange if work.is_arranged else None,
         row_records=work.config.data.pairs_per_row if work.is_arranged else 1,
     )
@@ -166,6 +165,5 @@ def heldout_batches(
         work.make_row,
         batch_rows=work.micro_rows,
         limit=limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        own_rows=find_own_rows(work.mesh, work.micro_rows),
     )

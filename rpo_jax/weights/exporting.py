@@ -43,11 +43,11 @@ from rpo_jax.weights.shards import (
     read_json,
 )
 from rpo_jax.weights.store import (
-    CHECKPOINTS,
     DTYPES,
     Arrays,
     Piece,
     cut_pieces,
+    find_checkpoints,
     open_arrays,
 )
 from rpo_jax.weights.workplace import (
@@ -78,7 +78,7 @@ class Weights:
     @property
     def folder_of_step(self) -> epath.Path:
         """Where Orbax wrote them."""
-        return self.folder / CHECKPOINTS / str(self.step)
+        return find_checkpoints(self.folder) / str(self.step)
 
     @cached_property
     def sums(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ def open_weights(folder: epath.Path, step: int | None = None) -> Weights:
         )
     config = folder / "model" / "config.json"
     shape = parse_shape(read_json(config), str(config))
-    root = folder / CHECKPOINTS
+    root = find_checkpoints(folder)
     steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
     if not steps or step not in (None, *steps):
         raise UserError(f"{root}: no step {'' if step is None else step}; there are {steps}")

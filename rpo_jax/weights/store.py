@@ -28,6 +28,7 @@ from rpo_jax.weights.names import Tensor, from_hf
 from rpo_jax.weights.shards import ITEM_BYTES, is_remote, read_json
 
 CHECKPOINTS = "checkpoints"
+RUN_FILE = "run.json"
 PIECE_BYTES = 32 * 2**20
 DTYPES: dict[str, np.dtype] = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
@@ -233,6 +234,19 @@ def _cut_slabs(source: Any, row: int) -> Iterator[tuple[slice, ...]]:
     step = chunk[axis] * max(1, most)
     for start in range(0, source.shape[axis], step):
         yield (*[slice(None)] * axis, slice(start, min(start + step, source.shape[axis])))
+
+
+def find_checkpoints(folder: epath.Path) -> epath.Path:
+    """Where the checkpoints of a model folder lie: in it, or where the config of a run put them."""
+    run = folder / RUN_FILE
+    stored = read_json(run).get("config") if run.exists() else None
+    directory = stored.get("checkpoint", {}).get("directory") if isinstance(stored, dict) else ""
+    return place_checkpoints(folder, directory)
+
+
+def place_checkpoints(folder: epath.Path, directory: str) -> epath.Path:
+    """Where the checkpoints of a run go; see `checkpoint.directory` of its config."""
+    return epath.Path(directory) / folder.name if directory else folder / CHECKPOINTS
 
 
 def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arrays:

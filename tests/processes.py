@@ -1,0 +1,52 @@
+"""Commands in several processes, as on the hosts of a pod: CPU devices, Gloo between them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+DEVICES = 4  # of all processes of a run together
+
+
+def start(
+    count: int, words: list[str], *more: list[str], env: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Starts `python -m <words>` as processes of one run; `more[i]` goes to process i alone."""
+    port = find_ports()
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES // count}")
+    env = os.environ | (env or {}) | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-m", *words, f"--processes={count}"]
+
+    def begin(index: int) -> subprocess.Popen[str]:
+        own = [f"--coordinator=localhost:{port}", f"--process={index}"] if count > 1 else []
+        own += more[index] if index < len(more) else []
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*command, *own], cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True
+        )
+
+    return [begin(index) for index in range(count)]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[str, str]]:
+    """Waits for all; what each said on stdout and stderr."""
+    try:
+        return [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def find_ports() -> int:
+    """A free port whose successor is free too."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("localhost", 0))
+            port = one.getsockname()[1]
+            try:
+                next_one.bind(("localhost", port + 1))
+            except OSError:
+                continue
+            return int(port)

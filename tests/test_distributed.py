@@ -1,0 +1,255 @@
+"""Several processes are one run: the same losses, one end, and each trouble named."""
+
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from rpo_jax.errors import UserError
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.rules import find_own_rows
+from rpo_jax.training.distributed import find_place, joined, read_cluster
+from rpo_jax.training.meeting import GONE, Place, meet
+from tests.processes import find_ports, finish, start
+from tests.test_train import BASE, RPO, base_overrides, losses, rpo_overrides, run
+from tests.tiny import MESHES, make_config
+
+
+@pytest.fixture(scope="session")
+def workdir(make_once):
+    """As in test_train: a folder with a finished base run, made by one process."""
+    return make_once("workdir", lambda folder: run(BASE, base_overrides(folder)))
+
+
+def train(*arguments, config=BASE):
+    return ["rpo_jax.train", f"--config={config}", *arguments]
+
+
+def assert_same_losses(one, other):
+    assert one.keys() == other.keys()
+    for step in one:
+        np.testing.assert_allclose(one[step], other[step], rtol=1e-5)
+
+
+def succeed(processes):
+    said = finish(processes)
+    for process, (_, errors) in zip(processes, said, strict=True):
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        assert "Involuntary full rematerialization" not in errors
+    return said
+
+
+def test_two_processes_give_the_losses_of_one(workdir, tmp_path):
+    said = succeed(start(2, train(*base_overrides(tmp_path))))
+    folder = tmp_path / "fictional-base"
+    assert_same_losses(losses(folder), losses(workdir / "fictional-base"))
+    # process 0 speaks for both
+    assert "held out" in said[0][0] and "held out" not in said[1][0]
+    assert "step 40/40" in said[0][1] and "step" not in said[1][1]
+    assert not list(tmp_path.glob(".seen-*"))
+
+
+@pytest.mark.full
+def test_four_processes_prefer_as_one_does(workdir, tmp_path):
+    """One device each: the two of a `tensor` pair hold the same rows."""
+
+    def arguments(name, **more):
+        named = f"{name}-{tmp_path.name}"
+        return rpo_overrides(workdir, name=named, train__steps=6, train__eval_every_steps=3, **more)
+
+    run(RPO, arguments("one"))
+    for path in (workdir / "data").glob("pairs-*/reference-*.npy"):
+        path.unlink()
+    succeed(start(4, train(*arguments("four"), config=RPO)))
+    one, four = (losses(workdir / f"{name}-{tmp_path.name}") for name in ("one", "four"))
+    assert_same_losses(one, four)
+
+
+def wait_for(folder, steps, processes):
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < steps:
+        assert all(process.poll() is None for process in processes), finish(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+LONG = {"train__steps": 2000, "optim__schedule": "constant", "checkpoint__save_every_steps": 1000}
+
+
+@pytest.mark.full
+def test_a_notice_to_one_stops_all_at_one_step_and_other_processes_go_on(tmp_path):
+    arguments = {name: base_overrides(tmp_path, name=name, train__steps=300) for name in "ab"}
+    processes = start(2, train(*arguments["a"]))
+    wait_for(tmp_path / "a", 12, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [143, 143], said
+    (stopped,) = {int(re.search(r"SIGTERM: stopped at step (\d+), saved", e)[1]) for _, e in said}
+    assert stopped < 300 and (tmp_path / "a" / "checkpoints" / str(stopped)).is_dir()
+    # One process goes on for two, on other devices, as if nothing had been.
+    for name in "ab":
+        run(BASE, arguments[name])
+    assert_same_losses(losses(tmp_path / "b"), losses(tmp_path / "a"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_is_named_by_the_others(tmp_path, killed):
+    processes = start(2, train(*base_overrides(tmp_path, **LONG)))
+    wait_for(tmp_path / "fictional-base", 4, processes)
+    began = time.monotonic()
+    processes[killed].kill()
+    said = finish(processes)
+    assert time.monotonic() - began < 30
+    other, errors = processes[1 - killed], said[1 - killed][1]
+    # Without process 0 jax aborts too, at the same moment.
+    assert other.returncode in ((GONE, -signal.SIGABRT) if killed == 0 else (GONE,)), errors
+    name = f"process {killed} ({socket.gethostname()}, pid {processes[killed].pid})"
+    assert f"error: {name} is gone; the same command" in errors
+
+
+@pytest.mark.full
+def test_a_mistake_in_one_process_ends_all(tmp_path):
+    said = finish(start(2, train(*base_overrides(tmp_path, train__batch_rows=3))))
+    for _, errors in said:
+        assert "train.batch_rows=3 in train.micro_batches=1 parts is 3 rows" in errors
+        assert "Check failure" not in errors
+
+
+@pytest.mark.full
+def test_a_command_that_differs_is_named(tmp_path):
+    arguments = train(*base_overrides(tmp_path))
+    processes = start(2, arguments, [], ["--config.optim.learning_rate=0.5"])
+    for process, (_, errors) in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 2
+        assert re.search(
+            r"error: processes: process 1 \(\S+, pid \d+\) has config.optim.learning_rate 0.5, "
+            r"process 0 \(\S+, pid \d+\) 0.003\n",
+            errors,
+        )
+
+
+def meet_all(folder, *facts, count=None, timeout_s=20.0, indices=None):
+    """What each of several meetings says: the names, or the problem."""
+    port = find_ports()
+
+    def one(index, mine):
+        place = Place("localhost", port, count or len(facts), index)
+        try:
+            return meet(place, {"name": f"host-{index}", **mine}, folder, timeout_s)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(facts)) as pool:
+        return list(pool.map(one, indices or range(len(facts)), facts))
+
+
+def test_processes_that_are_alike_meet_and_part(tmp_path):
+    meetings = meet_all(tmp_path / "new", *[{"code": "a", "years": (1, 2)}] * 3)
+    wanted = {index: f"process {index} (host-{index})" for index in range(3)}
+    assert [meeting.names for meeting in meetings] == [wanted] * 3
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda meeting: meeting.leave(), meetings))
+    assert "meeting" not in {thread.name for thread in threading.enumerate()}
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_those_who_differ_are_named_in_all_processes(tmp_path):
+    said = meet_all(tmp_path, {"code": "a", "jax": "1"}, {"code": "b"}, {"code": "a", "jax": "1"})
+    assert (
+        said
+        == [
+            "processes: process 1 (host-1) has code 'b', process 0 (host-0) 'a'\n"
+            "processes: process 1 (host-1) has jax None, process 0 (host-0) '1'"
+        ]
+        * 3
+    )
+
+
+def test_those_who_do_not_come_are_named_in_time(tmp_path):
+    began = time.monotonic()
+    said = meet_all(tmp_path, {}, {}, count=4, timeout_s=1.0, indices=[0, 2])
+    assert time.monotonic() - began < 5
+    here = "process 0 (host-0), process 2 (host-2)"
+    absent = "missing: process 1, process 3"
+    assert said == [f"processes: 2 of 4 processes are here after 1 s: {here}; {absent}"] * 2
+    (alone,) = meet_all(tmp_path, {}, count=2, timeout_s=0.5, indices=[1])
+    assert re.match(r"process 0 does not answer at localhost:\d+ after 0.5 s \(", alone)
+
+
+def test_two_of_one_index_are_refused(tmp_path):
+    said = meet_all(tmp_path, {}, {}, {}, indices=[0, 1, 1], timeout_s=5)
+    assert "two say that they are process 1: host-1 and host-1" in said[0]
+
+
+def test_strangers_do_not_disturb(tmp_path):
+    port = find_ports()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, Place("localhost", port, 2, 0), {"name": "a"}, tmp_path, 20.0)
+        for noise in (b"", b"GET / HTTP/1.1\r\n", b"[]\n", b'{"index": 1}\n'):
+            connected = None
+            while connected is None:
+                try:
+                    connected = socket.create_connection(("localhost", port))
+                except OSError:
+                    time.sleep(0.05)
+            with connected:
+                connected.sendall(noise)
+        second = pool.submit(meet, Place("localhost", port, 2, 1), {"name": "b"}, tmp_path, 20.0)
+        for meeting in (first.result(), second.result()):
+            pool.submit(meeting.leave)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("0", "", "", ""), "--processes=0: a whole number is wanted"),
+        (("", "host:1", "", ""), "--coordinator and --process: --processes=2 or more is wanted"),
+        (("2", "", "x", ""), "--process=x: a whole number is wanted"),
+        (("2", "host", "1", ""), "--coordinator=host: HOST:PORT is wanted"),
+        (("2", "host:1", "", ""), "--process=: with --coordinator, a number from 0 to 1 is wanted"),
+        (("2", "host:1", "2", ""), "--process=2: with --coordinator, a number from 0 to 1"),
+        (("2", "", "1", ""), "--process=1: --coordinator=HOST:PORT is wanted with it"),
+        (("2", "", "", ""), "--processes=2: nothing here says which of them this is"),
+    ],
+)
+def test_flags_that_say_too_little_are_refused(flags, message, monkeypatch):
+    for variable in ("KUBERNETES_SERVICE_HOST", "SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        find_place(read_cluster(*flags))
+
+
+def test_the_environment_says_which_process_this_is(monkeypatch):
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "tpu-[03-06]",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_NODES": "4",
+    }
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for variable, value in slurm.items():
+        monkeypatch.setenv(variable, value)
+    place = find_place(read_cluster("4", "", "", ""))
+    assert (place.host, place.count, place.index) == ("tpu-03", 4, 2)
+    with pytest.raises(UserError, match="--processes=8: the environment speaks of 4"):
+        find_place(read_cluster("8", "", "", ""))
+
+
+def test_one_process_joins_nothing(tmp_path):
+    with joined(make_config(), read_cluster("", "", "", "")):
+        assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_one_process_holds_every_row(mesh):
+    assert find_own_rows(make_mesh(mesh), 16) == list(range(16))

@@ -1,0 +1,67 @@
+"""Each notebook is run as it stands, made small by its parameters; none has outputs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import base_overrides
+
+nbformat = pytest.importorskip("nbformat", reason="wants the `notebooks` extra")
+nbclient = pytest.importorskip("nbclient", reason="wants the `notebooks` extra")
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+LENGTHS = ["--config.data.prompt_length=224", "--config.data.response_length=224"]
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert [tag for cell in code for tag in tags(cell)] == ["install", "parameters"]
+    assert "jax[tpu]" in code[0]["source"] or ".[tpu" in code[0]["source"]
+
+
+def execute(path, tmp_path, parameters):
+    """Runs a notebook with other parameters, without its install cell; what it printed."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]
+    (given,) = (cell for cell in notebook.cells if "parameters" in tags(cell))
+    assert set(re.findall(r"^(\w+) =", given["source"], re.MULTILINE)) == parameters.keys()
+    given["source"] = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    resources = {"metadata": {"path": str(REPO)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(
+        output.get("text", "") + str(output.get("data", {}).keys()) for output in outputs
+    )
+
+
+@pytest.mark.full
+def test_colab(tmp_path):
+    small = [word for word in base_overrides(tmp_path) if ".workdir=" not in word]
+    smaller = [*small, *LENGTHS, "--config.train.steps=4"]
+    parameters = {"WORKDIR": str(tmp_path), "SMALLER": smaller}
+    said = execute(NOTEBOOKS[0], tmp_path, parameters)
+    for word in ("fictional-base: cpt, 4 steps", "fictional-rpo: rpo", "image/png", "as it should"):
+        assert word in said
+
+
+@pytest.mark.full
+def test_tpu_vm(tmp_path):
+    parameters = {
+        "CONFIG": "configs/fictional_base.py",
+        "OVERRIDES": base_overrides(tmp_path, name="small", mesh__fsdp=1, mesh__tensor=1),
+        "STEPS": 4,
+    }
+    said = execute(NOTEBOOKS[1], tmp_path, parameters)
+    for word in ("by the compiler", "small: cpt, 4 steps", "image/png"):
+        assert word in said
+    (difference,) = re.findall(r"largest difference: (\S+) nats", said)
+    assert float(difference) < 1e-4
