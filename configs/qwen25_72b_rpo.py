@@ -11,7 +11,7 @@ from rpo_jax.config import defaults
 
 # Slice -> data, fsdp, tensor, pairs a step, remat.
 SLICES = {
-    "v5p:4x4x4": (1, 16, 4, 16, "full"),
+    "v5p:4x4x4": (1, 16, 4, 16, "dots"),
     "v5e:16x16": (1, 64, 4, 64, "full"),
     "v6e:8x8": (1, 16, 4, 16, "full"),
     "v6e:16x16": (1, 64, 4, 64, "full"),

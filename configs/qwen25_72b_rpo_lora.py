@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import defaults
 
-# Slice -> fsdp, tensor, pairs a step, micro-batches, form of the frozen kernels.
+# Slice -> fsdp, tensor, pairs a step, micro-batches, remat, form of the frozen kernels.
 SLICES = {
-    "v6e:2x2": (1, 4, 16, 16, "nf4"),
-    "v5e:2x4": (2, 4, 16, 8, "nf4"),
-    "v6e:4x8": (8, 4, 16, 2, ""),
+    "v6e:2x2": (1, 4, 16, 16, "full", "nf4"),
+    "v5e:2x4": (2, 4, 16, 8, "full", "nf4"),
+    "v6e:2x4": (1, 8, 16, 16, "full", ""),
+    "v6e:4x8": (8, 4, 16, 2, "full", ""),
 }
 
 
@@ -26,10 +27,9 @@ def get_config(arg: str = "v6e:2x2") -> ConfigDict:
     config.model.param_dtype = "bfloat16"
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "splash"
-    config.model.remat = "full"
     config.lora.rank = 16
-    config.mesh.data = 1
-    config.mesh.fsdp, config.mesh.tensor, rows, micro_batches, config.lora.quantize = SLICES[arg]
+    fsdp, tensor, rows, micro_batches, config.model.remat, config.lora.quantize = SLICES[arg]
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, fsdp, tensor
 
     config.data.train = ("pairs/train.jsonl",)
     config.data.heldout = ("pairs/heldout.jsonl",)

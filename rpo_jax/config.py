@@ -47,8 +47,12 @@ class Model:
     )
     remat: str = option(
         "none",
-        "what the backward pass recomputes: nothing, all but the matmul outputs, or whole layers",
-        choices=("none", "dots", "full"),
+        "what the backward pass recomputes, from the least memory to the most: full, whole layers; "
+        "attention, all but attention itself; mlp, the MLPs only; dots, what is not a matmul; none",
+        choices=("full", "attention", "mlp", "dots", "none"),
+    )
+    offload: bool = option(
+        False, "what remat keeps, the inputs of layers too, waits in the memory of the host"
     )
     scan_layers: bool = option(True, "lower one layer and scan it, or unroll all of them")
     attention: str = option(
@@ -571,6 +575,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.batch_rows={train.batch_rows} is not a multiple of "
             f"train.micro_batches={train.micro_batches}"
         )
+    if config.model.offload and config.model.remat == "none":
+        yield "model.offload=True: remat='none' lets the compiler choose what is kept; name another"
     sizes = dataclasses.asdict(mesh)
     if any(size == 0 for size in sizes.values()):
         yield f"mesh={sizes}: an axis has at least one device, or -1 for what is left"

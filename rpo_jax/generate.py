@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from rpo_jax.cli import exit_on_error
@@ -27,6 +28,7 @@ from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.generation.requests import Completion, Request, Settings, check_settings
+from rpo_jax.model.cache import split_layers
 from rpo_jax.training.opening import Opened, open_model
 from rpo_jax.training.run import write_json
 
@@ -168,6 +170,9 @@ def run(args: argparse.Namespace) -> None:
     check_settings(settings, "command line")
     mesh = MeshConfig(data=1, fsdp=-1, tensor=args.tensor)
     model = open_model(Path(args.checkpoint), mesh, args.dtype)
+    with jax.set_mesh(model.mesh):
+        params = split_layers(model.params, give_up=True)
+    model = dataclasses.replace(model, params=params)
     if args.prompts is not None:
         print(complete_file(model, args.prompts, args.out, settings, args.seed, args.slots))
         return

@@ -1,6 +1,5 @@
 """What a run would take on TPUs that are not here: `python -m rpo_jax.plan --topology=v6e:8x8`."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,45 +9,86 @@ import jax
 from rpo_jax import cli
 from rpo_jax.config import Config
 from rpo_jax.errors import UserError
-from rpo_jax.model.shape import load_shape
+from rpo_jax.model.shape import ModelShape, load_shape
 from rpo_jax.sharding.topology import open_topology
-from rpo_jax.training.estimate import Plan, plan_step
-from rpo_jax.training.run import find_shape
+from rpo_jax.training.estimate import BASIS, Plan, plan_program
+from rpo_jax.training.programs import PROGRAMS
+from rpo_jax.training.run import find_shape, write_json
+from rpo_jax.training.search import format_line
+from rpo_jax.training.search import search as search_layouts
 
 _TOKENS = 1e9
 
 
-def main(config: Config, topology: str = "", tokens: str = "", json: str = "") -> None:
+def main(
+    config: Config,
+    topology: str = "",
+    program: str = "",
+    tokens: str = "",
+    meshes: str = "",
+    json: str = "",
+    search: bool = False,
+) -> None:
     """Compiles the step of a run for TPU slices, without a TPU: does it fit, how fast is it."""
     if not topology:
         raise UserError("--topology is wanted: v6e:8x8, or several as v6e:8x8,2*v6e:16x16")
     jax.config.update("jax_platforms", "cpu")  # ours is compiled for TPUs, and runs nowhere
-    plans = [plan(config, name, _number(tokens)) for name in topology.split(",")]
-    print("\n\n".join(format_plan(found) for found in plans))
+    length, count = _number("tokens", tokens, _TOKENS), _number("meshes", meshes, 4)
+    plans = []
+    for slice_ in topology.split(","):
+        if search:
+            plans += (found := find(config, slice_, length, count))
+            print(format_search(found), end="\n\n")
+        for name in [] if search else _programs(program):
+            plans.append(plan(config, slice_, name, length))
+            print(format_plan(plans[-1]), end="\n\n")
     if json:
-        write_plans(Path(json), plans)
+        write_json(Path(json), plans)
 
 
-def plan(config: Config, topology: str, tokens: float = _TOKENS) -> Plan:
-    """The plan of a run on one topology; see `training.estimate.plan_step`."""
-    shape = load_shape(config.model.shape) if config.model.shape else find_shape(config)
+def plan(config: Config, topology: str, program: str = "step", tokens: float = _TOKENS) -> Plan:
+    """The plan of a program of a run on one topology; see `training.estimate.plan_program`."""
     opened = open_topology(topology)
     logging.info("compiling %s for %s: a minute or two for a large model", config.name, topology)
-    return plan_step(config, shape, opened, Path(config.workdir) / "plans", tokens)
+    return plan_program(
+        program, config, _shape(config), opened, Path(config.workdir) / "plans", tokens
+    )
 
 
-def _number(tokens: str) -> float:
+def find(config: Config, topology: str, tokens: float, meshes: float) -> list[Plan]:
+    """Plans of a run's step in other layouts on one topology; see `training.search.search`."""
+    opened = open_topology(topology)
+    cache = Path(config.workdir) / "plans"
+    return search_layouts(config, _shape(config), opened, cache, tokens, int(meshes))
+
+
+def _shape(config: Config) -> ModelShape:
+    return load_shape(config.model.shape) if config.model.shape else find_shape(config)
+
+
+def _programs(names: str) -> list[str]:
+    unknown = [name for name in names.split(",") if name and name not in PROGRAMS]
+    if unknown:
+        raise UserError(f"--program={names}: {unknown[0]} is none of {', '.join(PROGRAMS)}")
+    return names.split(",") if names else ["step"]
+
+
+def _number(name: str, text: str, default: float) -> float:
     try:
-        return float(tokens or _TOKENS)
+        number = float(text or default)
     except ValueError as error:
-        raise UserError(f"--tokens={tokens}: a number is wanted, as in 2e9") from error
+        raise UserError(f"--{name}={text}: a number is wanted, as in 2e9") from error
+    if not number >= 1:
+        raise UserError(f"--{name}={text}: must be at least 1")
+    return number
 
 
-def write_plans(path: Path, plans: list[Plan]) -> None:
-    """Writes plans as a JSON list."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plans, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def format_search(plans: list[Plan]) -> str:
+    """What a search found, best first, as a table for the terminal."""
+    best = plans[0]
+    head = f"{best['run']} ({best['stage']}) on {best['topology']}: {best['chips']} chips, "
+    head += f"{best['rows']} rows, {best['tokens_a_run']:,} tokens a step"
+    return "\n".join([head, *map(format_line, plans), f"basis: {BASIS}"])
 
 
 def format_plan(found: Plan) -> str:
@@ -58,9 +98,9 @@ def format_plan(found: Plan) -> str:
         "run": f"{found['run']} ({found['stage']}), {found['parameters']:,} parameters; trains "
         f"{found['trains']}",
         "topology": f"{found['topology']}: {found['chips']} chips; mesh {mesh}",
-        "program": f"attention {found['attention']}, remat {found['remat']}",
-        "batch": f"{found['rows']} rows of {found['row_tokens']} = {found['tokens_a_step']:,} "
-        f"tokens a step, in {found['micro_batches']} micro-batches",
+        "program": f"{found['program']}; attention {found['attention']}, remat {found['remat']}",
+        "batch": f"{found['rows']} rows, {found['tokens_a_run']:,} tokens, in "
+        f"{found['micro_batches']} micro-batches",
         "HBM a chip": _list_sizes(found["hbm_gb"]),
     }
     if not found["fits"]:
@@ -104,9 +144,12 @@ def _table(lines: dict[str, str]) -> str:
 if __name__ == "__main__":
     cli.run(
         main,
+        search="try meshes, micro-batches and remat policies, and rank what fits",
         options={
             "topology": "slices to compile for, with commas between: v6e:8x8, 2*v6e:16x16",
+            "program": f"of the run, with commas between: {', '.join(PROGRAMS)}; step unless said",
             "tokens": "of the run whose cost is told; 1e9 unless said",
+            "meshes": "that a search compiles for; 4 unless said",
             "json": "file to write the plans to as well",
         },
     )

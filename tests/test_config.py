@@ -71,6 +71,7 @@ def test_missing_fields_are_all_named():
         (("mesh.fsdp", 0), "an axis has at least one device"),
         (("optim.warmup_steps", 10), "optim.warmup_steps=10 leaves nothing of train.steps=10"),
         (("data.source", "files"), "data.train is empty: data.source=files needs files"),
+        (("model.offload", True), "model.offload=True: remat='none' lets the compiler choose"),
         (("stage", "rpo"), "init_from is empty: stage=rpo prefers against the model it starts"),
         (("model.shape", ""), "model.shape is empty, and there is no init_from"),
         (("name", "a/b"), "name='a/b': a folder name is wanted"),

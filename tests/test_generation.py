@@ -48,6 +48,13 @@ def params():
 # The cache.
 
 
+def test_layers_are_set_apart_in_place_of_the_stacked_ones(params):
+    copy = jax.tree.map(jnp.array, params)
+    apart = split_layers(copy, give_up=True)
+    jax.tree.map(np.testing.assert_array_equal, apart, split_layers(params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy["layers"]))
+
+
 @pytest.mark.parametrize("shared", [0, 6])
 def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
     rng = np.random.default_rng(0)

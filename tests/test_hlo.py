@@ -59,6 +59,36 @@ def test_loops_count_as_often_as_they_turn():
     assert kernel.shapes == ((4, 256, 128), (2, 512, 128), (2, 512, 64))
 
 
+# A gather that begins in one fusion, goes on while a second one computes, and ends in a third.
+CHAIN = """HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[4,128]) -> bf16[8,128] {
+  %all-gather.1 = bf16[8,128]{1,0} all-gather(%p), replica_groups={{0,2},{1,3}}, \
+frontend_attributes={chain_id="7"}
+}
+
+%go_on (p: bf16[4,128]) -> bf16[8,128] {
+  %all-gather.2 = bf16[8,128]{1,0} all-gather(%p), replica_groups={{0,2},{1,3}}, \
+frontend_attributes={chain_id="7"}
+}
+
+ENTRY %main (p: bf16[4,128]) -> bf16[8,128] {
+  %fusion.1 = bf16[8,128]{1,0} fusion(%p), calls=%begin
+  %fusion.2 = bf16[8,128]{1,0} fusion(%x), backend_config={"estimated_cycles":"50"}
+  %fusion.3 = bf16[8,128]{1,0} fusion(%p), calls=%go_on, backend_config={"estimated_cycles":"300"}
+  ROOT %fusion.4 = bf16[8,128]{1,0} fusion(%p), calls=%go_on
+}
+"""
+
+
+def test_a_transfer_that_runs_through_fusions_counts_once():
+    program = read_program(CHAIN)
+    assert program.cycles == 350
+    (transfer,) = program.transfers
+    assert (transfer.kind, transfer.output_bytes) == ("all-gather", 2 * 8 * 128)
+    assert transfer.between_cycles == 350
+
+
 def test_collectives_are_told_by_mesh_axis():
     assert sum_by_axes(read_program(PROGRAM), MESH) == {
         "tensor": {"collective-permute": 5 * 2048.0},

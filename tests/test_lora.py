@@ -16,7 +16,7 @@ from rpo_jax.config import TARGETS, Lora
 from rpo_jax.evaluate import main as evaluate_main
 from rpo_jax.model.cache import forward_cached, make_cache, split_layers
 from rpo_jax.model.lora import merge_kernel
-from rpo_jax.model.quantize import multiply, quantize_kernel
+from rpo_jax.model.quantize import multiply, quantize_kernel, widen
 from rpo_jax.model.qwen2 import abstract_params, forward, init_params
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.rules import batch_sharding
@@ -145,7 +145,9 @@ def test_a_quantised_product_and_its_gradient(how):
     assert 1e-3 < error < {"int8": 0.01, "nf4": 0.12}[how]
     bits = sum(leaf.size * jnp.finfo(leaf.dtype).bits for leaf in [packed.scale])
     assert bits == kernel.size / 32 * 32  # one float32 scale for each 32 values: all of head_dim
-    product, pull = jax.vjp(lambda x: multiply(x, first, 2), x)
+    np.testing.assert_array_equal(widen(first, 2), widened)
+    axes = ("heads", "head_dim", "embed")
+    product, pull = jax.vjp(lambda x: multiply(x, first, 2, axes), x)
     plain, pull_plain = jax.vjp(lambda x: jnp.tensordot(x, widened, 2), x)
     np.testing.assert_allclose(product, plain, rtol=1e-5, atol=1e-6)
     grad = jax.random.normal(jax.random.key(2), product.shape)

@@ -4,16 +4,19 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rpo_jax import plan as command
-from rpo_jax.config import Mesh
+from rpo_jax.config import Lora, Mesh
 from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
-from rpo_jax.training.estimate import local_bytes, plan_step
-from tests.tiny import SHAPE, make_config
+from rpo_jax.training.estimate import local_bytes, plan_program
+from rpo_jax.training.metrics import count_flops, count_recompute, forward_flops
+from rpo_jax.training.search import search
+from tests.tiny import NETWORK, SHAPE, make_config
 
 pytest.importorskip("libtpu", reason="compiling for TPUs wants libtpu: pip install .[tpu]")
 
@@ -42,17 +45,21 @@ def small_run(**changes):
     return make_config("rpo", **sections)
 
 
+def plan_for(config, topology, cache, program="step", shape=WIDE):
+    return plan_program(program, config, shape, open_topology(topology), cache, 1e9)
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     cache = tmp_path_factory.mktemp("plans")
-    return cache, plan_step(small_run(), WIDE, open_topology("v6e:2x2"), cache, 1e9)
+    return cache, plan_for(small_run(), "v6e:2x2", cache)
 
 
 def test_a_small_rpo_step_compiles_for_a_tpu(planned):
     _, plan = planned
-    assert plan["fits"] and plan["chips"] == 4 and plan["tokens_a_step"] == 2 * 256
+    assert plan["fits"] and plan["chips"] == 4 and plan["tokens_a_run"] == 2 * 256
     sizes = plan["hbm_gb"]
-    assert sizes["chip"] == 32.0
+    assert sizes["chip"] == 33.55
     assert 0 < sizes["total"] < 1
     # Weights are cut over four chips, but for norms and biases; Adam holds two of each.
     assert plan["seconds"]["step"] == pytest.approx(
@@ -70,8 +77,62 @@ def test_the_same_program_is_not_compiled_again(planned, monkeypatch):
     assert len(stored) == 1
     # Alpha and beta are traced: a sweep over them is one program.
     swept = dataclasses.replace(small_run(), rpo=dataclasses.replace(small_run().rpo, alpha=0.25))
-    assert plan_step(swept, WIDE, open_topology("v6e:2x2"), cache, 1e9) == plan
+    assert plan_for(swept, "v6e:2x2", cache) == plan
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stored
+
+
+@pytest.mark.parametrize(
+    ("program", "kinds"),
+    [
+        pytest.param("reference", {"weights", "optimizer"}, marks=pytest.mark.full),
+        ("decode", {"weights", "cache"}),
+    ],
+)
+def test_other_programs_of_a_run_compile_too(program, kinds, tmp_path):
+    plan = plan_for(small_run(), "v6e:2x2", tmp_path, program)
+    assert plan["fits"] and plan["program"] == program
+    assert kinds < plan["hbm_gb"].keys()
+    # Each writes or reads what it is asked for, once.
+    assert plan["tokens_a_run"] == {"reference": 2 * 256, "decode": 16}[program]
+    assert plan["model_tflops"] >= 0 and plan["seconds"]["step"] > 0
+    assert "tokens/s/chip" in command.format_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"program": "train"}, "--program=train: train is none of step, reference, decode"),
+        ({"tokens": "many"}, "--tokens=many: a number is wanted"),
+        ({"meshes": "0"}, "--meshes=0: must be at least 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_option_is_refused(option, told):
+    with pytest.raises(UserError, match=told):
+        command.main(small_run(model={"shape": "qwen2.5-0.5b"}), topology="v6e:2x2", **option)
+
+
+@pytest.mark.full
+def test_a_search_ranks_what_fits_and_does_not_compile_twice(tmp_path):
+    found = search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=2)
+    seconds = [plan["seconds"]["step"] for plan in found]
+    assert seconds == sorted(seconds)
+    # Two rows: at most two devices share them out.
+    meshes = {tuple(plan["mesh"].items()) for plan in found}
+    assert len(meshes) == 2 and all(dict(mesh).get("fsdp", 1) <= 2 for mesh in meshes)
+    assert {plan["remat"] for plan in found} == {"full", "dots"}
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=2) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stored
+    assert command.format_search(found).count("tokens/s/chip") == len(found)
+
+
+@pytest.mark.full
+def test_a_search_with_no_place_to_look_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"no mesh divides train.batch_rows=3"):
+        odd = small_run(train={"batch_rows": 3, "micro_batches": 1})
+        shape = dataclasses.replace(WIDE, num_key_value_heads=1)
+        search(odd, shape, open_topology("v6e:4x4"), tmp_path, 1e9, meshes=1)
 
 
 def test_four_bits_are_half_a_byte():
@@ -82,12 +143,40 @@ def test_four_bits_are_half_a_byte():
     assert {name: local_bytes(leaf) for name, leaf in held.items()} == FORMS
 
 
+def test_flops_by_hand():
+    """Four tokens in three layers of 3072 weights of attention and three times 1536 of MLP."""
+    one = np.ones((1, 4), np.int32)
+    batch = {"segment_ids": one, "positions": np.arange(4)[None], "target_mask": one}
+    parts = forward_flops(NETWORK, batch)
+    assert parts == {
+        "projections": 2 * 3 * 4 * 3072,
+        "attention": 2 * 3 * (1 + 2 + 3 + 4) * 2 * 32,
+        **dict.fromkeys(("gate", "up", "down"), 2 * 3 * 4 * 1536),
+        "head": 2 * 4 * 96 * 32,
+    }
+    assert count_flops(NETWORK, batch) == 3 * sum(parts.values())
+    adapted = dataclasses.replace(NETWORK, lora=Lora(rank=2))
+    assert count_flops(adapted, batch) == 2 * sum(parts.values())
+    again = {
+        remat: count_recompute(dataclasses.replace(NETWORK, remat=remat), batch, keep_logits=True)
+        for remat in ("full", "attention", "mlp", "dots", "none")
+    }
+    assert again == {
+        "full": 73728 + 3840 + 2 * 36864,
+        "attention": 73728 + 2 * 36864,
+        "mlp": 2 * 36864,
+        "dots": 0,
+        "none": 0,
+    }
+    assert count_recompute(NETWORK, batch, keep_logits=False) == parts["head"]
+
+
 @pytest.mark.full
 def test_too_large_says_by_how_much(tmp_path):
     giant = dataclasses.replace(
         WIDE, hidden_size=8192, intermediate_size=65536, num_hidden_layers=8
     )
-    plan = plan_step(small_run(), giant, open_topology("v6e:2x2"), tmp_path, 1e9)
+    plan = plan_for(small_run(), "v6e:2x2", tmp_path, shape=giant)
     assert not plan["fits"]
     assert plan["hbm_gb"]["total"] > 32 and plan["too_large_by_gb"] > 0
     assert any("chips" in advice for advice in plan["what_would_help"])
@@ -111,13 +200,13 @@ def test_what_is_no_topology_is_refused(name, told):
 def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
     config = small_run(mesh={"fsdp": 1, "tensor": 4})
     with pytest.raises(UserError, match=r"2 along 'kv_heads', which tensor=4 does not divide"):
-        plan_step(config, WIDE, open_topology("v6e:2x2"), tmp_path, 1e9)
+        plan_for(config, "v6e:2x2", tmp_path)
     config = small_run(mesh={"data": 1, "fsdp": 2, "tensor": 2})
     with pytest.raises(UserError, match="wants 4 devices"):
-        plan_step(config, WIDE, open_topology("v6e:4x4"), tmp_path, 1e9)
+        plan_for(config, "v6e:4x4", tmp_path)
 
 
 def test_slices_are_joined_along_data(tmp_path):
     config = small_run(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"batch_rows": 4})
     with pytest.raises(UserError, match="2 slices are joined along data"):
-        plan_step(config, WIDE, open_topology("2*v6e:2x2"), tmp_path, 1e9)
+        plan_for(config, "2*v6e:2x2", tmp_path)

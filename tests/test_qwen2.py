@@ -69,8 +69,11 @@ def params():
         {"attention": "blocks"},
         {"attention": "blocks", "remat": "dots"},
         {"remat": "full"},
+        {"remat": "attention"},
+        {"remat": "mlp"},
         {"remat": "dots"},
         {"remat": "full", "scan_layers": False},
+        {"remat": "dots", "offload": True},
     ],
     ids=str,
 )

@@ -24,6 +24,7 @@ from rpo_jax.generation.slots import (
 from rpo_jax.model.cache import split_layers
 from rpo_jax.model.qwen2 import Network, Params
 
+SLOTS = 16  # completions at a time, where nothing else is said
 _ROUND = 64  # sizes of prefix and cache are multiples: similar jobs share their compiled programs
 
 Generate = Callable[..., Iterator[Completion]]
@@ -35,7 +36,7 @@ def make_generate(
     tokenizer: Tokenizer,
     *,
     end_ids: Sequence[int] = (),
-    slots: int = 16,
+    slots: int = SLOTS,
     chunk: int = 32,
     steps: int = 16,
 ) -> Generate:

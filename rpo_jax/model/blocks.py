@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-OUTPUT = "attention_blocks"  # under this name a rematerialisation policy may keep what is costly
+OUTPUT = "attention"  # under this name a rematerialisation policy may keep what is costly
 
 _BLOCK = 128  # queries; their scores should fit the processor's cache
 

@@ -46,19 +46,29 @@ def make_cache(network: Network, rows: int, capacity: int) -> Cache:
     return tuple(KeysValues(empty(), empty()) for _ in range(shape.num_hidden_layers))
 
 
-def split_layers(params: Params) -> Params:
+def split_layers(params: Params, give_up: bool = False) -> Params:
     """The weights with their layers apart, as `forward_cached` takes them.
 
     The layers are copied, the rest is shared; weights that are apart already come back as they are.
+    With `give_up` the stacked arrays are deleted one by one: never are two of them there twice.
     """
     if isinstance(params["layers"], tuple):
         return params
-    whole = {name: params[name] for name in ("embed", "norm", "head") if name in params}
-    return whole | {"layers": _unstack(layer_variables(params))}
+    whole: Params = {name: params[name] for name in ("embed", "norm", "head") if name in params}
+    stacked = layer_variables(params)
+    if not give_up:
+        return whole | {"layers": _unstack(stacked)}
+    leaves, tree = jax.tree.flatten(stacked)
+    apart: list[tuple[Array, ...]] = []
+    for leaf in leaves:
+        apart.append(jax.block_until_ready(_unstack(leaf)))
+        leaf.delete()
+    layers = tuple(jax.tree.unflatten(tree, layer) for layer in zip(*apart, strict=True))
+    return {**whole, "layers": layers}
 
 
 @jax.jit
-def _unstack(stacked: Params) -> tuple[Params, ...]:
+def _unstack(stacked: Any) -> tuple[Any, ...]:
     count = jax.tree.leaves(stacked)[0].shape[0]
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
 

@@ -4,6 +4,7 @@ Source: arXiv:2305.14314 (QLoRA, nf4); the quantiser is qwix.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rpo_jax.errors import UserError
+from rpo_jax.sharding.rules import constrain, gathered
 
 Params = dict[str, Any]
 
@@ -18,6 +20,14 @@ Params = dict[str, Any]
 # the mesh; of `down`, whose contraction is the one that is cut over `tensor`, small enough that the
 # 29568 of the 72B split into a number of tiles (924) that 2 and 4 divide.
 _TILE, _TILE_OF_CUT = 64, 32
+
+# The numbers that the codes of nf4 stand for. Source: arXiv:2305.14314, appendix E.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 def count_inputs(name: str) -> int:
@@ -63,17 +73,45 @@ def is_quantized(leaf: Any) -> bool:
     return hasattr(leaf, "qvalue")
 
 
-def multiply(x: Float[Array, "..."], kernel: Any, inputs: int) -> Float[Array, "..."]:
+def widen(kernel: Any, inputs: int) -> Float[Array, "..."]:
+    """The kernel of one layer as numbers, in the dtype of its scales: what `qwix.dequantize` gives.
+
+    Codes of nf4 choose among constants, bit by bit. A look-up in a table is what a TPU is slow at,
+    and the partitioner would have every device look up the whole kernel.
+    """
+    codes, scale, axis = kernel.qvalue, kernel.scale, inputs - 1
+    values = _choose(codes) if kernel.qtype == "nf4" else codes
+    shape = codes.shape
+    tiles = values.astype(scale.dtype).reshape(
+        *shape[:axis], scale.shape[axis], -1, *shape[inputs:]
+    )
+    return (tiles * jnp.expand_dims(scale, inputs)).reshape(shape)
+
+
+def _choose(codes: Array) -> Float[Array, "..."]:
+    codes = codes.astype(jnp.int32)
+    left: Sequence[Any] = [jnp.float32(value) for value in _NF4]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        left = [jnp.where(is_set, *pair) for pair in zip(left[1::2], left[::2], strict=True)]
+    return left[0]
+
+
+def multiply(
+    x: Float[Array, "..."], kernel: Any, inputs: int, axes: tuple[str, ...]
+) -> Float[Array, "..."]:
     """X @ kernel over the first `inputs` axes of the kernel, in the dtype of x.
 
     A quantised kernel is widened for the product only, in the backward pass once more: what is kept
-    between the two is the quantised form.
+    between the two is the quantised form. `axes` are the kernel's logical ones; its wide form lies
+    where its codes do.
     """
     if not is_quantized(kernel):
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
 
     @jax.checkpoint
     def widened(x: Array, kernel: Any) -> Array:
-        return jnp.tensordot(x, _qwix().dequantize(kernel).astype(x.dtype), axes=inputs)
+        wide = constrain(widen(kernel, inputs).astype(x.dtype), *gathered(axes))
+        return jnp.tensordot(x, wide, axes=inputs)
 
     return widened(x, jax.lax.stop_gradient(kernel))

@@ -5,7 +5,7 @@ arrays, `param_axes` the same dict with the logical axes of each, and `forward` 
 of it. All layers lie stacked along a leading axis, so that the same code lowers 2 layers or 80.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -13,11 +13,11 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from rpo_jax.config import Lora
 from rpo_jax.config import Model as ModelConfig
-from rpo_jax.model import blocks
 from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
 from rpo_jax.model.lora import (
     adapt,
@@ -29,18 +29,11 @@ from rpo_jax.model.lora import (
     take_rows,
 )
 from rpo_jax.model.quantize import is_quantized, multiply, quantize_layers
+from rpo_jax.model.remat import INPUT, make_policy
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain, gathered
 
 Params = dict[str, Any]
-
-_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(blocks.OUTPUT),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class Network:
     attention: str = "dense"
     lora: Lora | None = None
     quantize: str = ""
+    offload: bool = False
 
     @property
     def base(self) -> "Network":
@@ -77,6 +71,7 @@ def make_network(shape: ModelShape, config: ModelConfig, lora: Lora) -> Network:
         config.attention,
         lora if lora.rank else None,
         lora.quantize,
+        config.offload,
     )
 
 
@@ -121,12 +116,12 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         init = nn.initializers.normal(self.network.shape.initializer_range)
         kernel = _weight(self, "kernel", init, {**self.inputs, **self.outputs})
-        y = multiply(x, kernel, len(self.inputs))
+        y = multiply(x, kernel, len(self.inputs), (*self.inputs, *self.outputs))
         if self.bias:
             y = y + _weight(self, "bias", nn.initializers.zeros, self.outputs).astype(x.dtype)
         if self.network.lora and self.has_variable("lora", "a"):
             y = y + adapt(x, lora=self.network.lora, **self.variables["lora"])
-        return y
+        return checkpoint_name(y, self.name)
 
 
 class Attention(nn.Module):
@@ -318,11 +313,13 @@ def forward(
         stacked["lora"] = seed_dropout(stacked["lora"], count, dropout_seed_B)
 
     def layer(x_BTD: Array, variables: Params) -> tuple[Array, None]:
-        return run_layer(network, variables, x_BTD, positions_BT, meet)
+        return run_layer(network, variables, checkpoint_name(x_BTD, INPUT), positions_BT, meet)
 
     if network.remat != "none":
         layer = jax.checkpoint(
-            layer, prevent_cse=not network.scan_layers, policy=_REMAT_POLICIES[network.remat]
+            layer,
+            prevent_cse=not network.scan_layers,
+            policy=make_policy(network.remat, network.offload),
         )
     if network.scan_layers:
         x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
@@ -339,8 +336,10 @@ def _gather(network: Network, weights: Params) -> Params:
     """
 
     def one(axes: tuple[str, ...], leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            leaf = leaf.astype(network.compute_dtype)
+        if not is_quantized(leaf) and leaf.dtype != network.compute_dtype:
+            # Behind a barrier, or the compiler casts all layers before the first one is computed
+            # and has the weights lie there twice.
+            leaf = jax.lax.optimization_barrier(leaf).astype(network.compute_dtype)
         return jax.tree.map(lambda x: constrain(x, *gathered(axes[1:])), leaf)
 
     axes = param_axes(network.base)["layers"]

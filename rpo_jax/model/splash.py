@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.model.blocks import OUTPUT
 from rpo_jax.sharding.rules import partition_spec
 
 LANES = 128  # of a TPU's vector unit: rows, and the width of a head, come in multiples of it
@@ -118,5 +119,6 @@ def _make_kernel(rows: int, heads: int, head_shards: int, row_shards: int, inter
         block_sizes=sizes,
         head_shards=head_shards,
         q_seq_shards=row_shards,
+        residual_checkpoint_name=OUTPUT,
         interpret=interpret,
     )

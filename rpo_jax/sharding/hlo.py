@@ -82,7 +82,8 @@ def read_program(text: str) -> Program:
 
     The compiler writes its own estimate of cycles beside most operations. Loops are weighted by
     their trip counts, which are the constants their conditions compare with. An operation inside an
-    asynchronous wrapper counts where the wrapper stands.
+    asynchronous wrapper counts where the wrapper stands. A transfer that runs through a chain of
+    fusions, which compute meanwhile, counts once.
     """
     computations, entry = _split(text)
     trips = {
@@ -99,31 +100,33 @@ def read_program(text: str) -> Program:
             cycles_of[name] = sum(_cycles(op, trips, count_cycles) for op in computations[name])
         return cycles_of[name]
 
+    def cycles_at(op: _Op) -> int:
+        return _cycles(op, trips, count_cycles)
+
     program = Program(cycles=count_cycles(entry))
 
     def collect(name: str, times: int) -> None:
-        passed, started = 0, {}
-        for op in computations[name]:
+        ops, seen = computations[name], set()
+        for op in ops:
             if op.code == "while":
                 body = op.find(r"body=%?([\w.\-]+)")
                 collect(body, times * trips[body])
-            elif op.code.endswith("-start"):
-                started[op.name] = passed
             elif op.code == "custom-call" and "tpu_custom_call" in op.text:
                 program.kernels.append(_kernel(op, times))
             for kind, inner in _collectives(op, computations):
-                if op.code.endswith("-done"):
+                chain = inner.find(r'chain_id="(\d+)"')
+                if op.code.endswith("-done") or chain in seen:
                     continue
+                seen |= {chain} - {""}
                 program.transfers.append(
                     Transfer(
                         kind,
                         _output_bytes(kind, op, inner),
                         read_group(inner.text),
-                        _hidden_behind(op, computations[name], trips, count_cycles),
+                        _hidden_behind(op, _end(op, chain, ops, computations), ops, cycles_at),
                         times,
                     )
                 )
-            passed += _cycles(op, trips, count_cycles)
 
     collect(entry, 1)
     return program
@@ -192,20 +195,30 @@ def _sizes(shape: str) -> list[int]:
     ]
 
 
-def _hidden_behind(
-    op: _Op, ops: list[_Op], trips: dict[str, int], count: Callable[[str], int]
-) -> int:
-    """Cycles scheduled between the start of a transfer and the operation that waits for it."""
+def _end(op: _Op, chain: str, ops: list[_Op], computations: dict[str, list[_Op]]) -> _Op:
+    """The operation that waits for a transfer which `op` begins; `op` itself if that does.
+
+    That is the `-done` of a `-start`; or, where a transfer runs as a chain of fusions that compute
+    meanwhile, the last of them.
+    """
+    if chain:
+        return next(
+            later
+            for later in reversed(ops)
+            for _, inner in _collectives(later, computations)
+            if inner.find(r'chain_id="(\d+)"') == chain
+        )
     if not op.code.endswith("-start"):
-        return 0
-    at = ops.index(op)
+        return op
     done = op.code.removesuffix("-start") + "-done"
-    cycles = 0
-    for later in ops[at + 1 :]:
-        if later.code == done and re.search(rf"%{re.escape(op.name)}\b(?![.\-])", later.text):
-            return cycles
-        cycles += _cycles(later, trips, count)
-    return cycles
+    waits = re.compile(rf"%{re.escape(op.name)}\b(?![.\-])")
+    rest = ops[ops.index(op) + 1 :]
+    return next((o for o in rest if o.code == done and waits.search(o.text)), rest[-1])
+
+
+def _hidden_behind(op: _Op, end: _Op, ops: list[_Op], cycles_at: Callable[[_Op], int]) -> int:
+    """Cycles scheduled between the start of a transfer and the operation that waits for it."""
+    return sum(map(cycles_at, ops[ops.index(op) + 1 : ops.index(end)]))
 
 
 def _kernel(op: _Op, times: int) -> Kernel:

@@ -56,3 +56,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             tuple(within.values()), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+# Asked of the TPU compiler: what a layer gathers travels while something is computed, also within
+# the fusion that computes it. By itself it has most gathers wait.
+_TPU_OPTIONS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What the compiler of the mesh's devices is asked for, beyond its defaults."""
+    return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}

@@ -18,7 +18,7 @@ class Chip:
 
     Attributes:
         devices: that JAX shows for a chip.
-        hbm_bytes: memory of a chip.
+        hbm_bytes: memory of a chip that a program may use: the compiler refuses larger ones.
         flops: bfloat16 FLOP/s of a chip.
         clock_hz: cycles a second, as the compiler counts them.
         ici_bytes_per_s: that a chip can send over all its links together; it receives as much.
@@ -38,12 +38,13 @@ class Chip:
     wraps_at: int
 
 
+_GIB = 2**30
 CHIPS = {
-    "v4": Chip(2, 32e9, 275e12, 1.05e9, 300e9, 3, 4),
-    "v5e": Chip(1, 16e9, 197e12, 1.5e9, 200e9, 2, 16),
-    "v5p": Chip(1, 95e9, 459e12, 1.75e9, 600e9, 3, 4),
-    "v6e": Chip(1, 32e9, 918e12, 1.75e9, 400e9, 2, 16),
-    "tpu7x": Chip(2, 192e9, 2307e12, 1.75e9, 1200e9, 3, 4),
+    "v4": Chip(2, 2 * 15.25 * _GIB, 275e12, 1.05e9, 300e9, 3, 4),
+    "v5e": Chip(1, 15.75 * _GIB, 197e12, 1.5e9, 200e9, 2, 16),
+    "v5p": Chip(1, 95.74 * _GIB, 459e12, 1.75e9, 600e9, 3, 4),
+    "v6e": Chip(1, 31.25 * _GIB, 918e12, 1.75e9, 400e9, 2, 16),
+    "tpu7x": Chip(2, 2 * 94.75 * _GIB, 2307e12, 1.75e9, 1200e9, 3, 4),
 }
 DCN_BYTES_PER_S = 50e9 / 8  # a chip, to another slice; of secondary sources
 

@@ -4,12 +4,12 @@ import jax
 from etils import epath
 
 from rpo_jax.model.qwen2 import count_params
-from rpo_jax.training.estimate import full_batch, local_bytes
+from rpo_jax.training.estimate import local_bytes
 from rpo_jax.training.metrics import count_flops
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.state import abstract_state, abstract_weights, split_params
 from rpo_jax.training.step import make_step
-from rpo_jax.training.workload import Workload, example_batch
+from rpo_jax.training.workload import Workload, example_batch, full_batch
 from rpo_jax.weights.store import place_checkpoints
 
 _GIB = 2**30

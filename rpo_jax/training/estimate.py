@@ -1,4 +1,4 @@
-"""What a step would take on a TPU slice that is not here: memory, FLOPs, traffic, time."""
+"""What a program would take on a TPU slice that is not here: memory, FLOPs, traffic, time."""
 
 import gzip
 import hashlib
@@ -6,7 +6,6 @@ import json
 import math
 import re
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,21 @@ import jax
 import numpy as np
 
 from rpo_jax.config import Config
-from rpo_jax.model.qwen2 import Params, count_params, make_network
+from rpo_jax.model.qwen2 import count_params
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.hlo import read_program, sum_by_axes
-from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds
 from rpo_jax.sharding.topology import Topology
-from rpo_jax.training.metrics import count_flops
-from rpo_jax.training.optim import make_optimizer
-from rpo_jax.training.state import TrainState, abstract_state, abstract_weights, split_params
-from rpo_jax.training.step import make_step
-from rpo_jax.training.workload import Workload, example_batch, make_workload
+from rpo_jax.training.programs import Job, make_job
+from rpo_jax.training.workload import Workload
 
 Plan = dict[str, Any]
+
+BASIS = (
+    f"compiler's cycles; attention kernels taken to reach {KERNEL_EFFICIENCY:.0%} of peak and "
+    "transfers to share no links: not measured on a TPU"
+)
 
 # Two releases of the compiler say it in two ways; both count arguments and temporaries.
 _OUT_OF_MEMORY = re.compile(
@@ -37,12 +38,13 @@ _OUT_OF_MEMORY = re.compile(
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def plan_step(
-    config: Config, shape: ModelShape, topology: Topology, cache: Path, tokens: float
+def plan_program(
+    program: str, config: Config, shape: ModelShape, topology: Topology, cache: Path, tokens: float
 ) -> Plan:
-    """Compiles the step that `train` would run, for a topology, and reads off what it takes.
+    """Compiles a program of a run for a topology, and reads off what it takes.
 
     Args:
+        program: one of `training.programs.PROGRAMS`.
         config: of the run.
         shape: of the network; the model folder itself is not needed.
         topology: chips to compile for.
@@ -56,39 +58,20 @@ def plan_step(
     Raises:
         UserError: the config cannot be run on these devices.
     """
-    network = make_network(shape, config.model, config.lora)
-    work = make_workload(config, network, make_mesh(config.mesh, topology.devices))
-    state, frozen = abstract_run(work)
-    compiled = _compile(lower_step(work, state, frozen), topology, cache)
-    return (
-        _facts(work, topology)
-        | _memory(work, state, frozen, topology, compiled)
-        | (_speed(work, topology, compiled, tokens) if compiled["fits"] else {})
-    )
+    job = make_job(program, config, shape, topology.devices)
+    compiled = _compile(job.lower(), topology, cache, compiler_options(job.work.mesh))
+    found = _facts(job, topology) | _memory(job, topology, compiled)
+    return found | (_speed(job, topology, compiled, tokens) if found["fits"] else {})
 
 
-def abstract_run(work: Workload) -> tuple[TrainState, Params]:
-    """What a step changes and the weights it does not, abstract.
+def _compile(
+    lowered: jax.stages.Lowered, topology: Topology, cache: Path, options: dict[str, str]
+) -> dict[str, Any]:
+    """Memory and optimized HLO of a program, from the cache where it has been compiled before.
 
-    To be made outside `jax.set_mesh`: nothing can be run on devices that are only compiled for.
+    `options` are those that it was lowered with, and part of what tells it from others.
     """
-    tx = make_optimizer(work.config.optim)
-    _, frozen = split_params(abstract_weights(work.network, work.mesh))
-    return abstract_state(work.network, tx, work.mesh), frozen
-
-
-def lower_step(work: Workload, state: TrainState, frozen: Params) -> jax.stages.Lowered:
-    """The step of a workload, traced and lowered for the devices of its mesh."""
-    batch = jax.eval_shape(lambda: example_batch(work))
-    hyper = jax.eval_shape(lambda: work.hyper)
-    step = make_step(work, make_optimizer(work.config.optim), state)
-    with jax.set_mesh(work.mesh):
-        return step.lower(state, frozen, hyper, batch)
-
-
-def _compile(lowered: jax.stages.Lowered, topology: Topology, cache: Path) -> dict[str, Any]:
-    """Memory and optimized HLO of the step, from the cache where it has been compiled before."""
-    name = json.dumps([topology.name, *versions().values()]) + lowered.as_text()
+    name = json.dumps([topology.name, *versions().values(), options]) + lowered.as_text()
     path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz"
     if path.is_file():
         return json.loads(gzip.decompress(path.read_bytes()))
@@ -125,11 +108,12 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("jax", "libtpu")}
 
 
-def _facts(work: Workload, topology: Topology) -> Plan:
-    config, mesh = work.config, work.mesh
+def _facts(job: Job, topology: Topology) -> Plan:
+    config, mesh = job.work.config, job.work.mesh
     return {
         "run": config.name,
         "stage": config.stage,
+        "program": job.program,
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -138,56 +122,43 @@ def _facts(work: Workload, topology: Topology) -> Plan:
         if config.lora.rank
         else "all weights",
         "attention": config.model.attention,
-        "remat": config.model.remat,
-        "rows": config.train.batch_rows,
-        "micro_batches": config.train.micro_batches,
-        "row_tokens": _row_tokens(work),
-        "tokens_a_step": config.train.batch_rows * _row_tokens(work),
-        "parameters": count_params(work.network),
+        "remat": config.model.remat + (", offloaded" if config.model.offload else ""),
+        "rows": job.rows,
+        "micro_batches": config.train.micro_batches if job.program == "step" else 1,
+        "tokens_a_run": job.tokens,
+        "parameters": count_params(job.work.network),
         "versions": versions(),
     }
 
 
-def _row_tokens(work: Workload) -> int:
-    one = replace(work, config=replace(work.config, train=replace(work.config.train, batch_rows=1)))
-    return int(example_batch(one)["tokens"].shape[1])
-
-
-def _memory(
-    work: Workload,
-    state: TrainState,
-    frozen: Params,
-    topology: Topology,
-    compiled: dict[str, Any],
-) -> Plan:
+def _memory(job: Job, topology: Topology, compiled: dict[str, Any]) -> Plan:
     """GB a chip (10^9 bytes) by kind, against what the chip has."""
-    each = topology.chip.devices
-    weights = local_bytes((state.params, frozen)) * each / 1e9
-    optimizer = local_bytes(state.optimizer) * each / 1e9
+    each = topology.chip.devices / 1e9
+    held = {kind: local_bytes(tree) * each for kind, tree in job.holds.items()}
+    beside = {kind: local_bytes(tree) * each for kind, tree in job.beside.items()}
     has = topology.chip.hbm_bytes / 1e9
-    if not compiled["fits"]:
-        used, limit = compiled["used"] * each / 1e9, compiled["limit"] * each / 1e9
-        kinds = {"weights": weights, "optimizer": optimizer, "total": used, "chip": has}
-        help = _what_would_help(work, weights + optimizer, used, limit)
-        return {
-            "fits": False,
-            "hbm_gb": {name: round(size, 2) for name, size in kinds.items()},
-            "too_large_by_gb": round(used - limit, 2),
-            "what_would_help": help,
-            "compile_seconds": compiled["compile_seconds"],
+    compile_seconds = {"compile_seconds": compiled["compile_seconds"]}
+    if compiled["fits"]:
+        kinds = {
+            **held,
+            **beside,
+            "batch": compiled["arguments"] * each - sum(held.values()),
+            "temporaries": (compiled["temporaries"] + compiled["results"]) * each,
+            "code": compiled["code"] * each,
         }
-    kinds = {
-        "weights": weights,
-        "optimizer": optimizer,
-        "batch": compiled["arguments"] * each / 1e9 - weights - optimizer,
-        "temporaries": (compiled["temporaries"] + compiled["results"]) * each / 1e9,
-        "code": compiled["code"] * each / 1e9,
-    }
-    kinds |= {"total": sum(kinds.values()), "chip": has}
+        total = sum(kinds.values())
+    else:
+        kinds = {**held, **beside}
+        total = compiled["used"] * each + sum(beside.values())
+    sizes = {name: round(size, 2) for name, size in {**kinds, "total": total, "chip": has}.items()}
+    if compiled["fits"] and total <= has:
+        return {"fits": True, "hbm_gb": sizes, **compile_seconds}
     return {
-        "fits": True,
-        "hbm_gb": {name: round(size, 2) for name, size in kinds.items()},
-        "compile_seconds": compiled["compile_seconds"],
+        "fits": False,
+        "hbm_gb": sizes,
+        "too_large_by_gb": round(total - has, 2),
+        "what_would_help": _what_would_help(job.work, sum(held.values()), total, has),
+        **compile_seconds,
     }
 
 
@@ -216,16 +187,15 @@ def _what_would_help(work: Workload, state: float, used: float, limit: float) ->
     return advice
 
 
-def _speed(work: Workload, topology: Topology, compiled: dict[str, Any], tokens: float) -> Plan:
+def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float) -> Plan:
     program = read_program(compiled["hlo"])
-    seconds = estimate_seconds(program, topology, list(work.mesh.devices.flat))
-    model_flops = count_flops(work.network, full_batch(work))
-    per_step = work.config.train.batch_rows * _row_tokens(work)
-    rate = per_step / seconds.step / topology.chips
-    traffic = sum_by_axes(program, dict(work.mesh.shape))
+    mesh = job.work.mesh
+    seconds = estimate_seconds(program, topology, list(mesh.devices.flat))
+    rate = job.tokens / seconds.step / topology.chips
+    traffic = sum_by_axes(program, dict(mesh.shape))
     return {
-        "model_tflops": round(model_flops / 1e12, 1),
-        "recompute_tflops": round(_recompute(work, model_flops) / 1e12, 1),
+        "model_tflops": round(job.model_flops / 1e12, 1),
+        "recompute_tflops": round(job.recompute_flops / 1e12, 1),
         "collectives_gb": {
             axes: {kind: round(size / 1e9, 2) for kind, size in kinds.items()}
             for axes, kinds in traffic.items()
@@ -238,39 +208,11 @@ def _speed(work: Workload, topology: Topology, compiled: dict[str, Any], tokens:
             "step": round(seconds.step, 4),
         },
         "tokens_per_s_per_chip": round(rate, 1),
-        "mfu": round(model_flops / seconds.step / topology.chip.flops / topology.chips, 4),
+        "mfu": round(job.model_flops / seconds.step / topology.chip.flops / topology.chips, 4),
         "run_tokens": tokens,
         "run_chip_hours": round(tokens / rate / 3600, 1),
-        "basis": "compiler's cycles; attention kernels taken to reach "
-        f"{KERNEL_EFFICIENCY:.0%} of peak and transfers to share no links: not measured on a TPU",
+        "basis": BASIS,
     }
-
-
-def full_batch(work: Workload) -> dict[str, np.ndarray]:
-    """The example batch with every slot full: what a step computes at most."""
-    batch = example_batch(work)
-    length = batch["tokens"].shape[1]
-    full = {**batch, "target_mask": np.ones_like(batch["target_mask"])}
-    full["segment_ids"] = np.ones_like(full["segment_ids"])
-    positions = np.arange(length)
-    data, rpo = work.config.data, work.config.rpo
-    if work.config.stage == "rpo":
-        starts = data.prompt_length + np.arange(data.response_length)
-        prompt = np.arange(data.prompt_length)
-        parts = [prompt, starts, starts] if rpo.share_prefix else [prompt, starts] * 2
-        positions = np.concatenate(parts)
-    full["positions"] = np.broadcast_to(positions, full["positions"].shape)
-    return full
-
-
-def _recompute(work: Workload, model_flops: float) -> float:
-    """FLOPs done again: with full recomputation a forward pass of all layers, the head left out."""
-    if work.config.model.remat != "full":
-        return 0.0
-    shape = work.network.shape
-    batch = full_batch(work)
-    head = 6 * shape.vocab_size * shape.hidden_size * float(batch["target_mask"].sum())
-    return (model_flops - head) / 3
 
 
 def local_bytes(abstract: object) -> int:

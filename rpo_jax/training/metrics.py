@@ -28,24 +28,51 @@ _PEAK_FLOPS = {
 }
 
 
-def count_flops(network: Network, batch: dict[str, np.ndarray]) -> float:
-    """Model FLOPs of one training step on these rows: useful work only, no recomputation.
+def forward_flops(network: Network, batch: dict[str, np.ndarray]) -> dict[str, float]:
+    """FLOPs of a forward pass over these rows by part: useful work only.
 
-    Three times the forward pass: matmuls of the layers for each token that is not padding, the head
-    for each target, and attention for each key that a query sees. A token at position p of its
-    document (or of its response, which goes on from the prompt) sees p + 1 keys.
+    Matmuls of the layers ("projections" of attention, "gate", "up", "down") for each token that is
+    not padding, the "head" for each target, and "attention" for each key that a query sees. A token
+    at position p of its document (or of its response, which goes on from the prompt) sees p + 1.
     """
     shape = network.shape
     width, heads, kv_heads = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
-    projections = width * shape.head_dim * (2 * heads + 2 * kv_heads)
-    per_token = projections + 3 * width * shape.intermediate_size
     real = batch["segment_ids"] > 0
-    tokens = float(real.sum())
-    seen_keys = float(((batch["positions"] + 1.0) * real).sum())
-    attention = 2 * heads * shape.head_dim * seen_keys
-    head = shape.vocab_size * width * float((batch["target_mask"] > 0).sum())
-    forward = 2 * (shape.num_hidden_layers * (per_token * tokens + attention) + head)
-    return 3 * forward
+    tokens = 2.0 * shape.num_hidden_layers * float(real.sum())
+    seen_keys = 2.0 * shape.num_hidden_layers * float(((batch["positions"] + 1.0) * real).sum())
+    mlp = tokens * width * shape.intermediate_size
+    return {
+        "projections": tokens * width * shape.head_dim * (2 * heads + 2 * kv_heads),
+        "attention": seen_keys * 2 * heads * shape.head_dim,
+        **dict.fromkeys(("gate", "up", "down"), mlp),
+        "head": 2.0 * shape.vocab_size * width * float((batch["target_mask"] > 0).sum()),
+    }
+
+
+def count_flops(network: Network, batch: dict[str, np.ndarray]) -> float:
+    """Model FLOPs of one training step on these rows: useful work only, no recomputation.
+
+    Three times the forward pass; with adapters twice: nobody needs the gradients of frozen weights,
+    and those of the adapters themselves are too small to count.
+    """
+    return (2 if network.lora else 3) * sum(forward_flops(network, batch).values())
+
+
+# What a backward pass computes again, by `model.remat`; none needs the product of `down` again.
+_AGAIN = {
+    "full": ("projections", "attention", "gate", "up"),
+    "attention": ("projections", "gate", "up"),
+    "mlp": ("gate", "up"),
+    "dots": (),
+    "none": (),
+}
+
+
+def count_recompute(network: Network, batch: dict[str, np.ndarray], keep_logits: bool) -> float:
+    """FLOPs of a training step that are done for the second time."""
+    parts = forward_flops(network, batch)
+    again = sum(parts[name] for name in _AGAIN[network.remat])
+    return again + (0.0 if keep_logits or network.lora else parts["head"])
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

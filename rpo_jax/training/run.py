@@ -31,6 +31,7 @@ _FREE = (
     "mesh.",
     "model.attention",
     "model.remat",
+    "model.offload",
     "model.scan_layers",
     "train.micro_batches",
     "train.loss_chunk",

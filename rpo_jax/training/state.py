@@ -62,12 +62,15 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def abstract_state(network: Network, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and places of a whole state; the optimizer's arrays lie like their weights."""
+    """Shapes, dtypes and places of a whole state; the optimizer's arrays lie like their weights.
+
+    One that is of another shape than its weight, as the factors of Adafactor are, lies everywhere.
+    """
     params, _ = split_params(abstract_weights(network, mesh))
     everywhere = NamedSharding(mesh, P())
     shardings = optax.tree.map_params(
         tx,
-        lambda _, weight: weight.sharding,
+        lambda leaf, weight: weight.sharding if leaf.shape == weight.shape else everywhere,
         jax.eval_shape(tx.init, params),
         params,
         transform_non_params=lambda _: everywhere,

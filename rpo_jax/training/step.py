@@ -12,6 +12,7 @@ from rpo_jax.data.packing import Size
 from rpo_jax.data.rows import TARGET_ARRAYS, TOKEN_ARRAYS
 from rpo_jax.losses.token_logps import token_divergences
 from rpo_jax.model.qwen2 import Params, head_table
+from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.objective import (
     Batch,
@@ -158,6 +159,7 @@ def make_step(
         in_shardings=(state_places, frozen_places(work), everywhere, batch_sharding(work.mesh)),
         out_shardings=(state_places, everywhere),
         donate_argnums=0,
+        compiler_options=compiler_options(work.mesh),
     )
 
 
@@ -196,6 +198,7 @@ def make_score(work: Workload, abstract: Params) -> jax.stages.Wrapped:
         ),
         in_shardings=(places, batch_sharding(work.mesh)),
         out_shardings=replicated(work.mesh),
+        compiler_options=compiler_options(work.mesh),
     )
 
 

@@ -140,6 +140,23 @@ def example_batch(work: Workload) -> Rows:
     return {name: np.stack([value] * count) for name, value in row.items()}
 
 
+def full_batch(work: Workload) -> Rows:
+    """The example batch with every slot full: what a step computes at most."""
+    batch = example_batch(work)
+    length = batch["tokens"].shape[1]
+    full = {**batch, "target_mask": np.ones_like(batch["target_mask"])}
+    full["segment_ids"] = np.ones_like(full["segment_ids"])
+    positions = np.arange(length)
+    data, rpo = work.config.data, work.config.rpo
+    if work.config.stage == "rpo":
+        starts = data.prompt_length + np.arange(data.response_length)
+        prompt = np.arange(data.prompt_length)
+        parts = [prompt, starts, starts] if rpo.share_prefix else [prompt, starts] * 2
+        positions = np.concatenate(parts)
+    full["positions"] = np.broadcast_to(positions, full["positions"].shape)
+    return full
+
+
 def train_batches(
     work: Workload, records: Records, reference: Reference | None, start_step: int
 ) -> Iterator[Rows]:

@@ -11,7 +11,7 @@ from rpo_jax.model.qwen2 import make_network
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
-from rpo_jax.training.estimate import abstract_run, lower_step
+from rpo_jax.training.programs import abstract_run, lower_step
 from rpo_jax.training.workload import make_workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"

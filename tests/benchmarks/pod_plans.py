@@ -1,0 +1,134 @@
+"""The table of docs/plans.md: every committed config of a TPU slice, compiled for that slice.
+
+    python tests/benchmarks/pod_plans.py --cache runs/plans
+
+Writes the table, and all plans as JSON beside this file. Compiled programs are found again in the
+cache; without it the whole takes about two minutes a line on two cores. `--only=v6e` makes the
+lines that contain a word, the others stay as they are.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rpo_jax.cli import load_config
+from rpo_jax.model.shape import load_shape
+from rpo_jax.sharding.topology import open_topology
+from rpo_jax.training.estimate import BASIS, plan_program
+from rpo_jax.training.run import write_json
+from tests.lowering.test_configs import MID, PODS
+
+REPO = Path(__file__).resolve().parents[2]
+FIGURES = Path(__file__).with_suffix(".json")
+TABLE = REPO / "docs" / "plans.md"
+
+# Programs beside the training step: config, slice, program.
+OTHERS = [
+    ("configs/qwen25_72b_rpo_lora.py:v6e:2x2", "v6e:2x2", "reference"),
+    ("configs/qwen25_72b_rpo.py:v5p:4x4x4", "v5p:4x4x4", "reference"),
+    ("configs/qwen25_72b_rpo_lora.py:v6e:2x4", "v6e:2x4", "decode"),
+]
+LINES = [(path, slice_, "step") for path, slice_ in PODS + MID] + OTHERS
+
+
+def name_line(path: str, slice_: str, program: str) -> str:
+    return f"{path} {slice_} {program}"
+
+
+def plan_line(path: str, slice_: str, program: str, cache: Path) -> dict[str, Any]:
+    config = load_config(path)
+    shape = load_shape(config.model.shape)
+    plan = plan_program(program, config, shape, open_topology(slice_), cache, 1e9)
+    return {**plan, "config": path}
+
+
+def format_row(plan: dict[str, Any]) -> str:
+    mesh = " ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
+    sizes = plan["hbm_gb"]
+    cells = [
+        f"`{plan['config'].removeprefix('configs/')}`",
+        plan["program"],
+        plan["topology"],
+        str(plan["chips"]),
+        mesh,
+        f"{plan['rows']} / {plan['micro_batches']}",
+        plan["remat"],
+        f"{sizes['total']:.1f} of {sizes['chip']:.1f}",
+    ]
+    if plan["fits"]:
+        seconds = plan["seconds"]
+        cells += [
+            f"{seconds['step']:.2f} = {seconds['compute']:.2f} + {seconds['attention_kernels']:.2f}"
+            f" + {seconds['exposed_communication']:.2f}",
+            f"{plan['tokens_per_s_per_chip']:,.0f}",
+            f"{plan['mfu']:.1%}",
+        ]
+    else:
+        cells += [f"too large by {plan['too_large_by_gb']} GB", "", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """# What fits where, by the TPU compiler
+
+Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/pod_plans.json`).
+{told}
+
+Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
+a TPU. GB are 10^9 bytes a chip, of what the compiler lets a program have. Seconds are {basis}. MFU
+counts useful work only: a prompt once for both of its responses, no recomputation, and no gradients
+of frozen weights.
+
+| config | program | slice | chips | mesh | rows / micro-batches | remat | GB a chip | \
+s = compute + kernels + exposed communication | tokens/s/chip | MFU |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def write_table(figures: dict[str, Any]) -> None:
+    plans = [
+        figures["plans"][key] for line in LINES if (key := name_line(*line)) in figures["plans"]
+    ]
+    told = f"Compiling all of it took {sum(p['compile_seconds'] for p in plans) / 60:.0f} minutes "
+    told += f"({figures['machine']})."
+    versions = plans[0]["versions"]
+    TABLE.parent.mkdir(exist_ok=True)
+    rows = "\n".join(map(format_row, plans))
+    TABLE.write_text(HEAD.format(told=told, basis=BASIS, **versions) + rows + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=REPO / "runs" / "plans")
+    parser.add_argument("--only", default="", help="make the lines that contain this")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"plans": {}}
+    for line in LINES:
+        key = name_line(*line)
+        if args.only not in key:
+            continue
+        print(key, flush=True)
+        figures["plans"][key] = plan_line(*line, args.cache)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
+        )
+        figures |= {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit.stdout.strip(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+        write_json(FIGURES, figures)
+        write_table(figures)
+
+
+if __name__ == "__main__":
+    main()
