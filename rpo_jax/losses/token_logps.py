@@ -45,8 +45,9 @@ def token_logps(
 
         d logp / d hidden = (e - p) @ head,    d logp / d head = (e - p) x hidden
 
-    A chunk's logits are float32. The label's logit is picked by comparison with an iota rather than
-    by a gather, so that a head cut over its vocabulary is never gathered. Where the head is not
+    A chunk's logits are float32, those of all its rows one matrix. Of a head that is cut over its
+    vocabulary neither rows nor logits are gathered: each device has the label's logit or has not,
+    and numbers, one a position, are added up. Where the head is not
     differentiated (it is frozen, as with adapters) its gradient is not computed, and that of the
     hidden state, but for a factor, is taken in the forward pass, while the logits are there.
 
@@ -64,46 +65,53 @@ def token_logps(
     head = head_VD.astype(hidden_BMD.dtype)
 
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        logits_BmV = _logits(part[0], head, how)
-        return None, _pick(logits_BmV, part[1]) - jax.nn.logsumexp(logits_BmV, axis=-1)
+        logits_mV = _logits(part[0], head, how)
+        return None, _pick(logits_mV, part[1]) - jax.nn.logsumexp(logits_mV, axis=-1)
 
-    _, logps_CBm = jax.lax.scan(one, None, (_cut(hidden_BMD, how), _cut(labels_BM, how)))
-    return _join(logps_CBm, labels_BM)
+    _, logps_Cm = jax.lax.scan(one, None, (_cut(hidden_BMD, how), _cut(labels_BM, how)))
+    return _join(logps_Cm, labels_BM)
 
 
 def _cut(x_BM: Array, how: Projection) -> Array:
-    """[B, M, ...] to chunks [C, B, chunk, ...], the last one padded with zeros."""
+    """[B, M, ...] to chunks [C, m, ...] of the same positions of all rows, m = B times `how.chunk`.
+
+    The last one is padded with zeros. One axis rather than two: with two, XLA on CPU would turn
+    whole matrices before it contracts over them.
+    """
     rows, length = x_BM.shape[:2]
     chunk = min(how.chunk, length)
     x_BM = jnp.pad(x_BM, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BM.ndim - 2))
-    return x_BM.reshape(rows, -1, chunk, *x_BM.shape[2:]).swapaxes(0, 1)
+    x_CBm = x_BM.reshape(rows, -1, chunk, *x_BM.shape[2:]).swapaxes(0, 1)
+    return x_CBm.reshape(x_CBm.shape[0], -1, *x_BM.shape[2:])
 
 
-def _join(x_CBm: Array, like_BM: Array) -> Array:
+def _join(x_Cm: Array, like_BM: Array) -> Array:
     """The inverse of `_cut`."""
-    x_BCm = x_CBm.swapaxes(0, 1)
-    return x_BCm.reshape(x_BCm.shape[0], -1, *x_BCm.shape[3:])[:, : like_BM.shape[1]]
+    rows, length = like_BM.shape[:2]
+    x_BCm = x_Cm.reshape(x_Cm.shape[0], rows, -1, *x_Cm.shape[2:]).swapaxes(0, 1)
+    return x_BCm.reshape(rows, -1, *x_Cm.shape[2:])[:, :length]
 
 
-def _logits(hidden_BmD: Array, head_VD: Array, how: Projection) -> Array:
-    logits_BmV = jnp.einsum("bmd,vd->bmv", hidden_BmD, head_VD, preferred_element_type=jnp.float32)
+def _logits(hidden_mD: Array, head_VD: Array, how: Projection) -> Array:
+    logits_mV = jnp.einsum("md,vd->mv", hidden_mD, head_VD, preferred_element_type=jnp.float32)
     if not how.used_vocab:
-        return logits_BmV
-    return jnp.where(_ids(logits_BmV) < how.used_vocab, logits_BmV, -jnp.inf)
+        return logits_mV
+    return jnp.where(_ids(logits_mV) < how.used_vocab, logits_mV, -jnp.inf)
 
 
-def _ids(logits_BmV: Array) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, logits_BmV.shape, 2)
+def _ids(logits_mV: Array) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits_mV.shape, 1)
 
 
-def _pick(logits_BmV: Array, labels_Bm: Array) -> Array:
-    return jnp.sum(logits_BmV, axis=-1, where=_ids(logits_BmV) == labels_Bm[..., None])
+def _pick(logits_mV: Array, labels_m: Array) -> Array:
+    picked_m1 = jnp.take_along_axis(logits_mV, labels_m[:, None], 1, mode="promise_in_bounds")
+    return picked_m1[:, 0]
 
 
-def _slope(logits_BmV: Array, logz_Bm: Array, labels_Bm: Array) -> Array:
+def _slope(logits_mV: Array, logz_m: Array, labels_m: Array) -> Array:
     """The derivative of the log-probability by the logits: e - p."""
-    is_label = _ids(logits_BmV) == labels_Bm[..., None]
-    return is_label - jnp.exp(logits_BmV - logz_Bm[..., None])
+    is_label = _ids(logits_mV) == labels_m[:, None]
+    return is_label - jnp.exp(logits_mV - logz_m[:, None])
 
 
 def _forward(hidden: Any, head: Any, labels: Any, how: Projection) -> tuple[Array, Any]:
@@ -112,18 +120,18 @@ def _forward(hidden: Any, head: Any, labels: Any, how: Projection) -> tuple[Arra
     cast_head = head_VD.astype(hidden_BMD.dtype)
 
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Any]:
-        hidden_BmD, labels_Bm = part
-        logits_BmV = _logits(hidden_BmD, cast_head, how)
-        logz_Bm = jax.nn.logsumexp(logits_BmV, axis=-1)
-        logps_Bm = _pick(logits_BmV, labels_Bm) - logz_Bm
+        hidden_mD, labels_m = part
+        logits_mV = _logits(hidden_mD, cast_head, how)
+        logz_m = jax.nn.logsumexp(logits_mV, axis=-1)
+        logps_m = _pick(logits_mV, labels_m) - logz_m
         if head.perturbed:
-            return None, (logps_Bm, (logz_Bm, logits_BmV if how.keep_logits else None))
-        slope_BmV = _slope(logits_BmV, logz_Bm, labels_Bm).astype(hidden_BmD.dtype)
-        return None, (logps_Bm, jnp.einsum("bmv,vd->bmd", slope_BmV, cast_head))
+            return None, (logps_m, (logz_m, logits_mV if how.keep_logits else None))
+        slope_mV = _slope(logits_mV, logz_m, labels_m).astype(hidden_mD.dtype)
+        return None, (logps_m, jnp.einsum("mv,vd->md", slope_mV, cast_head))
 
     parts = (_cut(hidden_BMD, how), _cut(labels_BM, how))
-    _, (logps_CBm, rest) = jax.lax.scan(one, None, parts)
-    logps_BM = _join(logps_CBm, labels_BM)
+    _, (logps_Cm, rest) = jax.lax.scan(one, None, parts)
+    logps_BM = _join(logps_Cm, labels_BM)
     if head.perturbed:
         return logps_BM, (labels_BM, None, (hidden_BMD, head_VD, *rest))
     return logps_BM, (labels_BM, _join(rest, labels_BM), None)
@@ -134,24 +142,24 @@ def _backward(how: Projection, saved: Any, grad_BM: Array) -> tuple[Array, Array
     no_gradient = np.zeros(labels_BM.shape, jax.dtypes.float0)
     if trained is None:
         return (slopes_BMD * grad_BM[..., None]).astype(slopes_BMD.dtype), None, no_gradient
-    hidden_BMD, head_VD, logz_CBm, logits_CBmV = trained
+    hidden_BMD, head_VD, logz_Cm, logits_CmV = trained
     cast_head = head_VD.astype(hidden_BMD.dtype)
 
     def one(head_grad_VD: Array, part: tuple[Any, ...]) -> tuple[Array, Array]:
-        hidden_BmD, labels_Bm, grad_Bm, logz_Bm, logits_BmV = part
-        if logits_BmV is None:
-            logits_BmV = _logits(hidden_BmD, cast_head, how)
-        wrong_BmV = grad_Bm[..., None] * _slope(logits_BmV, logz_Bm, labels_Bm)
-        wrong_BmV = wrong_BmV.astype(hidden_BmD.dtype)
+        hidden_mD, labels_m, grad_m, logz_m, logits_mV = part
+        if logits_mV is None:
+            logits_mV = _logits(hidden_mD, cast_head, how)
+        wrong_mV = grad_m[:, None] * _slope(logits_mV, logz_m, labels_m)
+        wrong_mV = wrong_mV.astype(hidden_mD.dtype)
         head_grad_VD = head_grad_VD + jnp.einsum(
-            "bmv,bmd->vd", wrong_BmV, hidden_BmD, preferred_element_type=jnp.float32
+            "mv,md->vd", wrong_mV, hidden_mD, preferred_element_type=jnp.float32
         )
-        return head_grad_VD, jnp.einsum("bmv,vd->bmd", wrong_BmV, cast_head)
+        return head_grad_VD, jnp.einsum("mv,vd->md", wrong_mV, cast_head)
 
     cut = (_cut(x, how) for x in (hidden_BMD, labels_BM, grad_BM))
     zero_VD = jnp.zeros(head_VD.shape, jnp.float32)
-    head_grad_VD, hidden_grad_CBmD = jax.lax.scan(one, zero_VD, (*cut, logz_CBm, logits_CBmV))
-    hidden_grad_BMD = _join(hidden_grad_CBmD, labels_BM)
+    head_grad_VD, hidden_grad_CmD = jax.lax.scan(one, zero_VD, (*cut, logz_Cm, logits_CmV))
+    hidden_grad_BMD = _join(hidden_grad_CmD, labels_BM)
     return hidden_grad_BMD, head_grad_VD.astype(head_VD.dtype), no_gradient
 
 
@@ -172,11 +180,11 @@ def token_divergences(
     head, other_head = head_VD.astype(hidden_BMD.dtype), other_head_VD.astype(other_BMD.dtype)
 
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        logps_BmV = jax.nn.log_softmax(_logits(part[0], head, how), axis=-1)
-        other_BmV = jax.nn.log_softmax(_logits(part[1], other_head, how), axis=-1)
+        logps_mV = jax.nn.log_softmax(_logits(part[0], head, how), axis=-1)
+        other_mV = jax.nn.log_softmax(_logits(part[1], other_head, how), axis=-1)
         # Rows that are no tokens have log-probability -inf on both sides, and no share.
-        terms_BmV = jnp.where(logps_BmV == -jnp.inf, 0.0, logps_BmV - other_BmV)
-        return None, jnp.sum(jnp.exp(logps_BmV) * terms_BmV, axis=-1)
+        terms_mV = jnp.where(logps_mV == -jnp.inf, 0.0, logps_mV - other_mV)
+        return None, jnp.sum(jnp.exp(logps_mV) * terms_mV, axis=-1)
 
-    _, kl_CBm = jax.lax.scan(one, None, (_cut(hidden_BMD, how), _cut(other_BMD, how)))
-    return _join(kl_CBm, hidden_BMD)
+    _, kl_Cm = jax.lax.scan(one, None, (_cut(hidden_BMD, how), _cut(other_BMD, how)))
+    return _join(kl_Cm, hidden_BMD)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rpo_jax.errors import UserError
-from rpo_jax.sharding.rules import constrain, gathered
+from rpo_jax.sharding.rules import constrain, gathered, is_whole
 
 Params = dict[str, Any]
 
@@ -107,11 +107,20 @@ def multiply(
     where its codes do.
     """
     if not is_quantized(kernel):
-        return jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
+        return _product(x, kernel.astype(x.dtype), inputs)
 
     @jax.checkpoint
     def widened(x: Array, kernel: Any) -> Array:
         wide = constrain(widen(kernel, inputs).astype(x.dtype), *gathered(axes))
-        return jnp.tensordot(x, wide, axes=inputs)
+        return _product(x, wide, inputs)
 
     return widened(x, jax.lax.stop_gradient(kernel))
+
+
+def _product(x: Array, kernel: Array, inputs: int) -> Array:
+    """The tensordot; on one device of matrices, which XLA on CPU need not turn for gradients."""
+    if not is_whole():
+        return jnp.tensordot(x, kernel, axes=inputs)
+    contracted = math.prod(kernel.shape[:inputs])
+    y = x.reshape(-1, contracted) @ kernel.reshape(contracted, -1)
+    return y.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])

@@ -81,9 +81,10 @@ def read_program(text: str) -> Program:
     """Adds up the optimized HLO of a TPU executable (`compiled.as_text()`).
 
     The compiler writes its own estimate of cycles beside most operations. Loops are weighted by
-    their trip counts, which are the constants their conditions compare with. An operation inside an
-    asynchronous wrapper counts where the wrapper stands. A transfer that runs through a chain of
-    fusions, which compute meanwhile, counts once.
+    their trip counts, which are the constants their conditions compare with; of a choice the
+    costliest branch counts, as if it were always taken. An operation inside an asynchronous wrapper
+    counts where the wrapper stands. A transfer that runs through a chain of fusions, which compute
+    meanwhile, counts once.
     """
     computations, entry = _split(text)
     trips = {
@@ -111,6 +112,8 @@ def read_program(text: str) -> Program:
             if op.code == "while":
                 body = op.find(r"body=%?([\w.\-]+)")
                 collect(body, times * trips[body])
+            elif op.code == "conditional":
+                collect(max(_branches(op), key=count_cycles), times)
             elif op.code == "custom-call" and "tpu_custom_call" in op.text:
                 program.kernels.append(_kernel(op, times))
             for kind, inner in _collectives(op, computations):
@@ -162,8 +165,18 @@ def _cycles(op: _Op, trips: dict[str, int], count: Callable[[str], int]) -> int:
     if op.code == "while":
         body = op.find(r"body=%?([\w.\-]+)")
         return trips[body] * count(body)
+    if op.code == "conditional":
+        return max(map(count, _branches(op)))
     estimate = op.find(r'"estimated_cycles":"(\d+)"')
     return int(estimate) if estimate else 0
+
+
+def _branches(op: _Op) -> list[str]:
+    """The computations that a conditional chooses from."""
+    found = re.search(r"branch_computations=\{([^}]*)\}", op.text)
+    if found:
+        return re.findall(r"[\w.\-]+", found[1])
+    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.text)
 
 
 def _collectives(op: _Op, computations: dict[str, list[_Op]]) -> Iterator[tuple[str, _Op]]:

@@ -62,6 +62,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def is_whole() -> bool:
+    """Whether the current mesh cuts no array: it is one device, or there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty or mesh.size == 1)
+
+
 def make_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
     """Shardings for a tree of arrays.
 

@@ -1,7 +1,6 @@
 """The training step and its forward-only twin: pure functions, jitted by their makers."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from rpo_jax.training.objective import (
     target_logps,
     target_states,
 )
-from rpo_jax.training.optim import learning_rate_fraction
+from rpo_jax.training.optim import clip_factor, learning_rate_fraction
 from rpo_jax.training.state import TrainState, abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload
 
@@ -105,7 +104,8 @@ Step = Callable[[TrainState, Params, Hyper, Batch], tuple[TrainState, dict[str, 
 def define_step(work: Workload, tx: optax.GradientTransformation) -> Step:
     """The pure step `(state, frozen, hyper, batch) -> (state, metrics)`.
 
-    `frozen` are the weights that are not trained, {} if all are.
+    `frozen` are the weights that are not trained, {} if all are. Gradients are clipped by
+    `optim.clip_norm` before `tx` sees them.
 
     Metrics are float32 scalars: the objective's means, `loss`, `grad_norm` before clipping,
     `learning_rate`, and `finite`. Where loss or gradient is not finite, `finite` is 0 and the state
@@ -134,10 +134,18 @@ def define_step(work: Workload, tx: optax.GradientTransformation) -> Step:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         fraction = learning_rate_fraction(config.optim, config.train.steps, state.step)
         rate = hyper["learning_rate"] * fraction
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
-        new = TrainState(state.step + 1, params, optimizer)
-        new = jax.tree.map(partial(jnp.where, finite), new, state)
+
+        def take(state: TrainState) -> TrainState:
+            factor = clip_factor(config.optim, grad_norm)
+            clipped = jax.tree.map(lambda grad: grad * factor, grads)
+            updates, optimizer = tx.update(clipped, state.optimizer, state.params)
+            params = jax.tree.map(
+                lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates
+            )
+            return TrainState(state.step + 1, params, optimizer)
+
+        # A branch, not a choice between old and new values: that would hold a copy of the old ones.
+        new = jax.lax.cond(finite, take, lambda state: state, state)
         return new, means | {
             "loss": loss,
             "grad_norm": grad_norm,
