@@ -89,6 +89,37 @@ def test_a_transfer_that_runs_through_fusions_counts_once():
     assert transfer.between_cycles == 350
 
 
+CHOICE = """HloModule jit_step, is_scheduled=true
+
+%costly (p: f32[8]) -> f32[8] {
+  %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  ROOT %fusion.1 = f32[8]{0} fusion(%all-reduce.1), backend_config={"estimated_cycles":"30"}
+}
+
+%cheap (p: f32[8]) -> f32[8] {
+  ROOT %fusion.2 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"2"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %conditional.1 = f32[8]{0} conditional(%is_finite, %p, %p), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%cheap, %costly}",
+        "true_computation=%costly, false_computation=%cheap",
+    ],
+)
+def test_of_a_choice_the_costliest_branch_counts(branches):
+    program = read_program(CHOICE.replace("BRANCHES", branches))
+    assert program.cycles == 30
+    (transfer,) = program.transfers
+    assert (transfer.kind, transfer.output_bytes, transfer.times) == ("all-reduce", 32, 1)
+
+
 def test_collectives_are_told_by_mesh_axis():
     assert sum_by_axes(read_program(PROGRAM), MESH) == {
         "tensor": {"collective-permute": 5 * 2048.0},

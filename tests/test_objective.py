@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from rpo_jax.config import Rpo
+from rpo_jax.config import Optim, Rpo
 from rpo_jax.data.packing import Size
 from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.model.qwen2 import forward, init_params
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.objective import divide, make_hyper
+from rpo_jax.training.optim import clip_factor, make_optimizer
 from rpo_jax.training.state import abstract_state, make_params, start_from
 from rpo_jax.training.step import (
     choose_size,
@@ -301,6 +302,25 @@ def test_one_compilation_for_all_weights_and_a_refused_batch():
         jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(state))
         assert int(state.step) == 3
         assert step._cache_size() == 1
+
+
+def test_the_new_state_takes_the_place_of_the_old():
+    """Beyond the gradients a step holds no copy of weights or moments, here two large tables."""
+    shape = dataclasses.replace(SMALL.shape, vocab_size=30_000)
+    network = dataclasses.replace(SMALL, shape=shape)
+    work = make_work(make_config(train={"loss_chunk": 1}), network)
+    tx = make_optimizer(work.config.optim)
+    state = abstract_state(network, tx, work.mesh)
+    batch = jax.eval_shape(lambda: pair_batch(pairs()))
+    with jax.set_mesh(work.mesh):
+        plan = make_step(work, tx, state).lower(state, {}, work.hyper, batch).compile()
+    table = state.params["embed"]["table"].size * 4
+    assert plan.memory_analysis().temp_size_in_bytes < 3.5 * table  # two gradients, and logits
+
+
+@pytest.mark.parametrize("clip_norm, factor", [(0.5, 0.25), (2.0, 1.0), (3.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_clipped_to_a_norm(clip_norm, factor):
+    assert float(clip_factor(Optim(clip_norm=clip_norm), jnp.float32(2.0))) == factor
 
 
 def test_each_layer_pins_its_activations():

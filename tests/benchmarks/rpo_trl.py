@@ -10,9 +10,9 @@ of the first two is TRL's trainer with sigmoid + sft, reference log-probabilitie
 both sides; of the last transformers' loss with torch's AdamW.
 
 Seconds are medians over the steps after the first: by the clock, and of processor time over the
-number of cores, which others at work on the machine disturb less. The memory is the peak of the process beyond
-weights, gradients and AdamW's moments. The matmul roofline is a median rate of square float32
-products in the same run: of jax alone, and the better one of jax and torch.
+number of cores, which others at work on the machine disturb less. The memory is the peak of the
+process beyond weights, gradients and moments. The matmul roofline is a median rate of square
+float32 products in the same run: of jax alone, and the better one of jax and torch.
 """
 
 import argparse
@@ -49,7 +49,10 @@ SHAPE = ModelShape(
     tie_word_embeddings=False,
     max_position_embeddings=32768,
 )
-LENGTHS = [(512, 160, 128), (512, 144, 150)]  # prompt, chosen and rejected of each pair
+LENGTHS = {  # prompt, chosen and rejected of each pair
+    "rpo": [(512, 160, 128), (512, 144, 150)],
+    "mixed": [(512, 160, 128), (96, 40, 30), (120, 30, 48), (80, 44, 40)],
+}
 EXPLANATION = 300
 TEXT_ROWS, TEXT_LENGTH = 4, 512
 WORDS = 151_643  # ids that occur
@@ -69,7 +72,7 @@ def make_pairs(workload: str) -> list[dict[str, np.ndarray]]:
         pairs = [read_exam_pair()]
     else:
         rng = np.random.default_rng(0)
-        pairs = [[rng.integers(1, WORDS, n) for n in lengths] for lengths in LENGTHS]
+        pairs = [[rng.integers(1, WORDS, n) for n in lengths] for lengths in LENGTHS[workload]]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     for _, chosen, rejected in pairs:
         chosen[-1] = rejected[-1] = EOS
@@ -179,8 +182,12 @@ def make_ours(workload: str, settings: dict[str, Any], shape: ModelShape = SHAPE
         config = replace(config, **{section: replace(getattr(config, section), **values)})
     network = make_network(shape, config.model, config.lora)
     work = make_workload(config, network, make_mesh(Mesh(), jax.devices()[:1]))
-    rows = [work.make_row([record]) for record in records]
-    return work, {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    places = work.arrange(records) if work.is_arranged else [[i] for i in range(len(records))]
+    full = [work.make_row([records[i] for i in row]) for row in places if row]
+    empty = {name: np.zeros_like(value) for name, value in full[0].items()}
+    rows = iter(full)
+    batch = [next(rows) if row else empty for row in places]
+    return work, {name: np.stack([row[name] for row in batch]) for name in empty}
 
 
 def run_ours(workload: str, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -392,7 +399,9 @@ def describe_run() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=tuple(SETTINGS), nargs="+", default=list(SETTINGS))
+    parser.add_argument(
+        "--workload", choices=("mixed", *SETTINGS), nargs="+", default=list(SETTINGS)
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, in turns")
     parser.add_argument("--settings", type=json.loads, default={}, help="of our config, as JSON")
