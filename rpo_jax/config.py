@@ -365,6 +365,12 @@ class Rpo:
     share_prefix: bool = option(
         True, "one copy of the prompt serves both responses of a pair; never changes a number"
     )
+    reference: str = option(
+        "stored",
+        "where the reference's log-probabilities come from: computed once and stored, or live, in "
+        "each step once more, from the frozen weights without their adapters",
+        choices=("stored", "live"),
+    )
     term_gradients_every_steps: int = option(
         0,
         "measure the gradient norm of each term and the cosine between them; 0: never",
@@ -375,6 +381,11 @@ class Rpo:
     def has_reference(self) -> bool:
         """Whether the loss compares with the model that the stage starts from."""
         return self.preference in ("dpo", "ipo")
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether its log-probabilities come with the records."""
+        return self.has_reference and self.reference == "stored"
 
 
 MODES = ("answer_only", "explain_first")  # ways of asking an exam's questions
@@ -621,6 +632,16 @@ def _contradictions(config: Config) -> Iterator[str]:
     if rpo.preference == "none" and not rpo.alpha:
         yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
     lora = config.lora
+    if rpo.reference == "live" and not (rpo.has_reference and lora.rank):
+        yield (
+            "rpo.reference='live' is the model without its adapters: it needs lora.rank, and an "
+            "rpo.preference that has a reference (dpo, ipo)"
+        )
+    if rpo.reference == "live" and lora.previous == "keep":
+        yield (
+            "rpo.reference='live' with lora.previous='keep': without the adapters that are kept it "
+            "is the model from before them; merge them, or store the reference"
+        )
     for name in lora.targets:
         if name not in TARGETS:
             yield f"lora.targets: {name!r} is none of {', '.join(TARGETS)}"

@@ -21,6 +21,7 @@ Flags can come from a file, one a line: `python -m rpo_jax.evaluate @configs/<na
 
 import argparse
 import sys
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,9 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
     prepared = prepare(config, tokenizer)
     heldout = open_records(prepared.heldout)
     general = open_records(prepared.general) if prepared.general else None
+    # A merged model has no adapters to leave away: what both are compared with is stored.
+    config = replace(config, rpo=replace(config.rpo, reference="stored"))
+    work = make_workload(config, work.network, work.mesh)
     with jax.set_mesh(work.mesh):
         abstract = abstract_weights(work.network, work.mesh)
         step, params = load_run(config.folder, work.network, work.mesh)

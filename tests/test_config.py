@@ -75,6 +75,7 @@ def test_missing_fields_are_all_named():
         (("stage", "rpo"), "init_from is empty: stage=rpo prefers against the model it starts"),
         (("model.shape", ""), "model.shape is empty, and there is no init_from"),
         (("name", "a/b"), "name='a/b': a folder name is wanted"),
+        (("rpo.reference", "live"), "rpo.reference='live' is the model without its adapters"),
         (("name", "data"), "name='data': a folder name is wanted, and not `data`"),
         (("rpo.beta", float("inf")), "rpo.beta=inf: a finite number is wanted"),
     ],

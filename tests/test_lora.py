@@ -24,7 +24,7 @@ from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import load_params, load_run
 from rpo_jax.training.state import abstract_state, abstract_weights, split_params
-from rpo_jax.training.step import compute_gradients, draw_dropout_seeds, make_step
+from rpo_jax.training.step import compute_gradients, draw_dropout_seeds, make_score, make_step
 from tests.test_train import CPT, REPO, RPO, overrides, refuse, rpo_overrides, run, workdir
 from tests.tiny import (
     MESHES,
@@ -209,6 +209,30 @@ def test_dropout_is_for_training_alone_and_keeps_the_mean():
     other = hidden(network, params, dropout_seed_B=seeds.at[0].set(77))
     assert not np.array_equal(other[0], dropped[0])
     np.testing.assert_array_equal(other[1:], dropped[1:])
+
+
+def test_a_live_reference_is_the_model_without_its_adapters():
+    """In loss and gradient, with dropout and trained rows that the reference knows nothing of."""
+    lora = dataclasses.replace(LORA, dropout=0.5, trained_tokens=("a", "b"))
+    network = dataclasses.replace(SMALL, lora=lora)
+    params = perturbed(network)
+    params["rows"] = {name: rows + 1.0 for name, rows in params["rows"].items()}
+    base = {name: params[name] for name in ("embed", "layers", "norm", "head")}
+    trained, frozen = split_params(params)
+    batch = pair_batch(pairs(), reference=False)
+    results = []
+    for reference in ("stored", "live"):
+        work = make_work(make_config(rpo={"reference": reference}), network)
+        rows = batch | {"dropout_seed": np.arange(8, dtype=np.uint32)}
+        if reference == "stored":
+            score = make_score(make_work(make_config(), SMALL), jax.eval_shape(lambda: base))
+            rows["reference_logps"] = np.asarray(score(base, batch))
+        compute = jax.jit(partial(compute_gradients, work.objective, 2))
+        results.append(compute(trained, frozen, work.hyper, rows))
+    (wanted, means), (found, live_means) = results
+    assert abs(float(means["margin"])) > 1e-2
+    assert relative_difference(means, live_means) < 1e-5
+    assert relative_difference(wanted, found) < 1e-5
 
 
 def test_a_step_moves_adapters_alone_and_sums_their_gradients_in_float32():

@@ -90,6 +90,11 @@ def row_axes(axes: Params) -> Params:
     return {"rows": rows, "row_ids": (None,)}
 
 
+def without_adapters(params: Params) -> Params:
+    """The frozen weights alone: no adapters, no trained token rows."""
+    return {name: params[name] for name in params if name not in ("lora", "rows", "row_ids")}
+
+
 def find_table(params: Params, name: str) -> Float[Array, "V D"]:
     """The table `name` with its trained rows in place."""
     table_VD = params[name]["table"]

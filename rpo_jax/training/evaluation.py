@@ -122,7 +122,7 @@ def find_references(
         params: the weights it has there.
         first: makes the weights it had at step 0 once more.
     """
-    if work.config.stage != "rpo" or not work.config.rpo.has_reference:
+    if work.config.stage != "rpo" or not work.config.rpo.stores_reference:
         return [None for _ in record_sets]
     data = work.config.data
     abstract = with_shardings(params, jax.tree.map(lambda leaf: leaf.sharding, params))

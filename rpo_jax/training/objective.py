@@ -19,6 +19,7 @@ from rpo_jax.config import Rpo as RpoConfig
 from rpo_jax.data.rows import CHOSEN, PROMPT, REJECTED
 from rpo_jax.losses.preference import dpo, ipo, orpo, rpo, sequence_nll, simpo
 from rpo_jax.losses.token_logps import Projection, token_logps
+from rpo_jax.model.lora import without_adapters
 from rpo_jax.model.qwen2 import Network, Params, forward, head_table
 from rpo_jax.sharding.rules import constrain, gathered
 
@@ -105,7 +106,8 @@ def make_rpo_objective(
     """RPO on pair rows, or one of its relatives: see `rpo_jax.losses.preference`.
 
     Where the loss has a reference, `batch["reference_logps"]` are its log-probabilities, a token
-    each, float32; margins and log-ratios are then measured too. N counts the places for pairs: B
+    each, float32, or a live one is what the weights give without adapters; margins and log-ratios
+    are then measured too. N counts the places for pairs: B
     times those of a row.
     """
     with_prompt = config.nll_tokens == "prompt+completion"
@@ -124,6 +126,13 @@ def make_rpo_objective(
         sides = (values_BM * (batch["target_side"] == side) for side in (CHOSEN, REJECTED))
         return jnp.stack([sum_by_pair(side_BM, batch) for side_BM in sides], axis=1)
 
+    def reference_logps(params: Params, batch: Batch) -> Float[Array, "B M"]:
+        if config.stores_reference:
+            return batch["reference_logps"]
+        whole = {name: batch[name] for name in batch if name != "dropout_seed"}
+        live_BM = target_logps(network, without_adapters(params), whole, how)
+        return jax.lax.stop_gradient(live_BM)
+
     def counts(batch: Batch) -> Counts:
         length_NP = sum_by_side(batch["target_mask"], batch)
         return {
@@ -141,7 +150,7 @@ def make_rpo_objective(
             "rejected_logp": logp_NP[:, REJECTED],
         }
         if config.has_reference:
-            reference_BM = batch["reference_logps"] * batch["target_mask"]
+            reference_BM = reference_logps(params, batch) * batch["target_mask"]
             ratio_NP = sum_by_side(logps_BM - reference_BM, batch)
             margin_N = ratio_NP[:, CHOSEN] - ratio_NP[:, REJECTED]
             per_pair |= {

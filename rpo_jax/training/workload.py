@@ -134,7 +134,7 @@ def example_batch(work: Workload) -> Rows:
     row = work.make_row([{**ids, "tokens": text, "segment_ids": text}])
     row_records = work.config.data.pairs_per_row if work.config.stage == "rpo" else 1
     row["record_index"] = np.zeros(row_records, np.int32)
-    if work.config.stage == "rpo" and work.config.rpo.has_reference:
+    if work.config.stage == "rpo" and work.config.rpo.stores_reference:
         row["reference_logps"] = np.zeros(row["labels"].shape, np.float32)
     count = work.config.train.batch_rows
     return {name: np.stack([value] * count) for name, value in row.items()}
