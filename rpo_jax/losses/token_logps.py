@@ -104,8 +104,16 @@ def _ids(logits_mV: Array) -> Array:
 
 
 def _pick(logits_mV: Array, labels_m: Array) -> Array:
-    picked_m1 = jnp.take_along_axis(logits_mV, labels_m[:, None], 1, mode="promise_in_bounds")
-    return picked_m1[:, 0]
+    """The labels' logits: by comparison with an iota, which XLA fuses with the sum but on CPU."""
+
+    def compare(logits_mV: Array, labels_m: Array) -> Array:
+        return jnp.sum(logits_mV, axis=-1, where=_ids(logits_mV) == labels_m[:, None])
+
+    def take(logits_mV: Array, labels_m: Array) -> Array:
+        picked_m1 = jnp.take_along_axis(logits_mV, labels_m[:, None], 1, mode="promise_in_bounds")
+        return picked_m1[:, 0]
+
+    return jax.lax.platform_dependent(logits_mV, labels_m, cpu=take, default=compare)
 
 
 def _slope(logits_mV: Array, logz_m: Array, labels_m: Array) -> Array:
