@@ -26,6 +26,7 @@ _LEARNING_RATES = {
     ("cpt", True): 2e-4,
     ("rpo", True): 1e-5,
 }
+MODES = ("answer_only", "explain_first")  # ways of asking an exam's questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +389,6 @@ class Rpo:
         return self.has_reference and self.reference == "stored"
 
 
-MODES = ("answer_only", "explain_first")  # ways of asking an exam's questions
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -480,6 +480,25 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exam:
+    """A dev exam that the model takes while it trains; test questions are refused."""
+
+    name: str = option("", "which one, see `evaluate --help`; empty: none")
+    directory: str = option(
+        "", "folder of its years; empty: as for `evaluate`, that of the run's own world included"
+    )
+    years: tuple[int, ...] = option((), "of its dev years; empty: all of them")
+    questions: int = option(64, "asked, evenly spread over these years; 0: all", at_least=0)
+    every_steps: int = option(
+        0, "steps between two sittings; 0: before and after training only", at_least=0
+    )
+    modes: tuple[str, ...] = option(MODES, "ways of asking")
+    answer_tokens: int = option(16, "most tokens of an answer alone", at_least=1)
+    explain_tokens: int = option(512, "most tokens of an explanation with its answer", at_least=1)
+    slots: int = option(16, "answers written at a time", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What is kept."""
 
@@ -489,6 +508,12 @@ class Checkpoint:
         "",
         "folder, such as gs://bucket/checkpoints, in which a folder of the run's name holds them; "
         "empty: the run's own folder",
+    )
+    best: str = option(
+        "",
+        "way of asking of the dev exam whose best checkpoint is kept too, by points read out of "
+        "the text, of equals the newest; every sitting is then saved; empty: none",
+        choices=("", *MODES),
     )
 
 
@@ -531,6 +556,7 @@ class Config:
     optim: Optim = dataclasses.field(default_factory=Optim)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     train: Train = dataclasses.field(default_factory=Train)  # type: ignore[arg-type]
+    exam: Exam = dataclasses.field(default_factory=Exam)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
     rounds: Rounds = dataclasses.field(default_factory=Rounds)
@@ -655,6 +681,17 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"lora.quantize={lora.quantize!r}: quantised weights are frozen; set lora.rank too"
     if not config.init_from and not config.model.shape:
         yield "model.shape is empty, and there is no init_from to take the shape from"
+    exam = config.exam
+    for mode in exam.modes:
+        if mode not in MODES:
+            yield f"exam.modes: {mode!r} is none of {', '.join(MODES)}"
+    if config.checkpoint.best and not (exam.name and config.checkpoint.best in exam.modes):
+        yield (
+            f"checkpoint.best={config.checkpoint.best!r}: exam.name={exam.name!r} with "
+            f"exam.modes={exam.modes} never asks that way"
+        )
+    if exam.every_steps and not exam.name:
+        yield f"exam.every_steps={exam.every_steps}: exam.name is empty, so nothing would be asked"
     if config.name in ("", ".", "..", "data") or set("/\\") & set(config.name):
         yield f"name={config.name!r}: a folder name is wanted, and not `data`, where records lie"
 

@@ -41,9 +41,11 @@ from rpo_jax.exams.asking import (
     MODES,
     NEXT_QUESTION,
     Drawing,
+    parse_share,
     read_sitting,
 )
 from rpo_jax.exams.exam import Exam, find_exam, list_exams
+from rpo_jax.exams.phrasing import CHAT_CHOICES
 from rpo_jax.exams.report import write_report
 from rpo_jax.exams.responses import read_responses
 from rpo_jax.exams.scoring import mark_all, score
@@ -73,11 +75,15 @@ def main(argv: list[str]) -> None:
     if args.score:
         result = score_files(find_exam(args.exam), args.exam_dir, args.years, args.score)
         shown = format_score(result)
-    else:
-        result = (
-            _rebuild(args) if args.report else take_exam(Path(args.checkpoint), _make_plan(args))
-        )
+    elif args.report:
+        result = _rebuild(args)
         shown = format_report(result)
+    else:
+        taken = take_exam(Path(args.checkpoint), _make_plan(args), parse_share(args.share))
+        if taken is None:
+            print(f"--share {args.share} is answered; the report comes with the last of the others")
+            return
+        result, shown = taken, format_report(taken)
     print(dumps(result, ensure_ascii=False) if args.json else shown)
 
 
@@ -102,7 +108,8 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
     config = work.config
     if merged and not config.lora.rank:
         raise UserError(f"--merged: {config.folder} has no adapters")
-    check_same_run(config, free=("workdir", "data.", "train.", "mesh.", "log.", "checkpoint."))
+    free = ("workdir", "data.", "train.", "exam", "mesh.", "log.", "checkpoint.")
+    check_same_run(config, free)
     tokenizer = read_tokenizer(config.folder / "model", config.tokenizer.end_of_text)
     check_vocabulary(config, tokenizer, work.network.shape)
     prepared = prepare(config, tokenizer)
@@ -190,6 +197,8 @@ def _make_plan(args: argparse.Namespace) -> Plan:
         ),
         weigh=args.likelihood,
         slots=args.slots,
+        chat=args.chat,
+        step=args.step,
         mesh=args.mesh,
         dtype=args.dtype,
         out=args.out,
@@ -209,6 +218,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--checkpoint", metavar="FOLDER", help="a model, by an exam")
     what.add_argument("--score", metavar="FILE", nargs="+", help="answers, .jsonl; globs")
     what.add_argument("--report", metavar="FOLDER", nargs="+", help="sittings that were made")
+    what.add_argument("--step", type=int, help="of its checkpoint; default: the newest")
     exam = parser.add_argument_group("the exam")
     exam.add_argument("--exam", default="igakuqa", help=f"one of {', '.join(list_exams())}")
     exam.add_argument("--exam_dir", default="", metavar="DIR", help="folder of its years")
@@ -219,6 +229,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     how = parser.add_argument_group("how a model is asked")
     how.add_argument("--modes", type=_modes, default=MODES, help=f"default: {','.join(MODES)}")
     how.add_argument("--shots", type=_count, help="demonstrations, 3 or 0; default: the exam's")
+    how.add_argument(
+        "--chat",
+        default="auto",
+        choices=CHAT_CHOICES,
+        help="by the model's chat template; default: if its end of text ends the template's turns",
+    )
     how.add_argument("--seeds", type=_numbers, default=(0,), help="like 0,1,2; default: 0")
     how.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest")
     how.add_argument("--top_k", type=_count, default=0, help="default: 0, all tokens")
@@ -246,6 +262,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=_mesh,
         default=MeshConfig(data=1, fsdp=-1),
         help="devices an axis, like data=2,tensor=4; default: fsdp=-1",
+    )
+    where.add_argument(
+        "--share",
+        default="",
+        help="of several hosts with the same command and a common --out, this one's: 0/4, 1/4, ...",
     )
     where.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     where.add_argument("--json", action="store_true", help="print one line of JSON, and no table")

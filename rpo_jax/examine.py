@@ -1,18 +1,20 @@
 """A model takes an exam: from a checkpoint to a report. The command is `rpo_jax.evaluate`."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from rpo_jax.config import Config, resolve
 from rpo_jax.config import Mesh as MeshConfig
-from rpo_jax.config import resolve
+from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.exams.asking import (
     ANSWER_ONLY,
+    EXPLAIN_FIRST,
     MODES,
     Ask,
     Drawing,
@@ -23,18 +25,26 @@ from rpo_jax.exams.asking import (
     digest_questions,
     find_prompt,
     open_sitting,
+    read_answers,
 )
 from rpo_jax.exams.candidate import has_one_letter, make_answer, make_weigh
-from rpo_jax.exams.exam import Exam
+from rpo_jax.exams.exam import Exam, find_exam
 from rpo_jax.exams.igakuqa import Question
+from rpo_jax.exams.phrasing import Phrasing, find_phrasing
+from rpo_jax.exams.prompts import PromptFormat
 from rpo_jax.exams.report import write_report
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.scoring import mark, tally_answers
 from rpo_jax.exams.split import find_world
 from rpo_jax.generation.batching import make_generate
-from rpo_jax.training.opening import Opened, open_model
+from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.training.checkpoint import name_score
+from rpo_jax.training.loop import Look
+from rpo_jax.training.opening import Opened, open_model, read_end_ids
 from rpo_jax.training.run import read_fingerprints, write_json
 from rpo_jax.training.state import fingerprint_params
+
+LOGGED_RATES = ("parse", "run_on", "stop", "truncation")  # of a dev exam
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Plan:
         drawing: how answers are drawn.
         weigh: also compare the likelihoods of single letters.
         slots: answers that are written at a time.
+        chat: whether the model's chat template puts the questions, see `find_phrasing`.
+        step: of the model's checkpoint; None: the newest.
         mesh: devices an axis.
         dtype: of weights and matmuls.
         out: the sitting's folder; "": in the model's folder.
@@ -67,35 +79,11 @@ class Plan:
     drawing: Drawing = field(default_factory=Drawing)
     weigh: bool = True
     slots: int = 16
+    chat: str = "auto"
+    step: int | None = None
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=-1))
     dtype: str = "float32"
     out: str = ""
-
-
-def take_exam(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Asks what was not asked yet, weighs letters, and writes the report, which is returned.
-
-    Raises:
-        UserError: model or exam are missing or broken, the plan contradicts itself, or another
-            sitting is in the way.
-    """
-    if len(set(plan.seeds)) > 1 and plan.drawing.temperature == 0:
-        raise UserError(
-            f"--seeds {','.join(map(str, plan.seeds))}: at --temperature 0 all seeds answer alike; "
-            "give one seed, or a temperature"
-        )
-    directory = _find_directory(plan, folder)
-    questions = choose_questions(
-        plan.exam.read(directory, plan.years or plan.exam.years), plan.limit
-    )
-    paper = Paper(directory, tuple(questions), tuple(plan.exam.demonstrate(directory)))
-    paper.list_asks(plan)  # a prompt that does not exist is told before the model is read
-    model = open_model(folder, plan.mesh, plan.dtype)
-    out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
-    ask_paper(model, plan, paper, out)
-    if plan.weigh:
-        _weigh_letters(plan.exam, model, out, paper.questions, paper.demonstrations[: plan.shots])
-    return write_report(plan.exam, [out])
 
 
 @dataclass(frozen=True)
@@ -106,29 +94,89 @@ class Paper:
     questions: tuple[Question, ...]
     demonstrations: tuple[Question, ...]
 
-    def list_asks(self, plan: Plan) -> list[Ask]:
-        """Every question in every mode and with every seed.
+    def list_asks(self, plan: Plan, phrasing: Phrasing | None = None) -> list[Ask]:
+        """Every question in every mode and with every seed; by default in plain text.
 
         Raises:
             UserError: there is no such prompt.
         """
+        render = phrasing.render if phrasing else PromptFormat.render
+        by_template = bool(phrasing and phrasing.chat)
         shown = self.demonstrations[: plan.shots]
         return [
-            Ask(question, mode, seed, find_prompt(mode, plan.shots).render(question, shown))
+            Ask(question, mode, seed, render(style, question, shown))
             for mode in plan.modes
+            for style in [find_prompt(mode, plan.shots, by_template)]
             for seed in plan.seeds
             for question in self.questions
         ]
 
 
+def take_exam(folder: Path, plan: Plan, share: Share | None = None) -> dict[str, Any] | None:
+    """Asks what was not asked yet, weighs letters, and writes the report, which is returned.
+
+    Of several hosts, each does its share; whoever finds that all is answered makes the report, the
+    others return None.
+
+    Raises:
+        UserError: model or exam are missing or broken, the plan contradicts itself, or another
+            sitting is in the way.
+    """
+    if len(set(plan.seeds)) > 1 and plan.drawing.temperature == 0:
+        raise UserError(
+            f"--seeds {','.join(map(str, plan.seeds))}: at --temperature 0 all seeds answer alike; "
+            "give one seed, or a temperature"
+        )
+    run = folder / "run.json"
+    config = resolve(json.loads(run.read_text("utf-8"))["config"]) if run.is_file() else None
+    paper = lay_out(plan, config)
+    model = open_model(folder, plan.mesh, plan.dtype, plan.step)
+    out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
+    ask_paper(model, plan, paper, out, share)
+    answered = (read_answers(out, mode, seed) for mode in plan.modes for seed in plan.seeds)
+    if any(len(answers) < len(paper.questions) for answers in answered):
+        return None
+    if plan.weigh:
+        _weigh_letters(plan, model, paper, out)
+    return write_report(plan.exam, [out])
+
+
+def lay_out(plan: Plan, run: Config | None) -> Paper:
+    """Reads the exam; that of a fictional world follows from the run that was trained on it.
+
+    Raises:
+        UserError: it is missing or broken, or there is no such prompt.
+    """
+    for mode in plan.modes:
+        find_prompt(mode, plan.shots)
+    if plan.exam.name == "fictional" and not plan.directory and run is not None:
+        directory = find_world(run) / "exam"
+    else:
+        directory = plan.exam.find(plan.directory)
+    questions = plan.exam.read(directory, plan.years or plan.exam.years)
+    return Paper(
+        directory,
+        tuple(choose_questions(questions, plan.limit)),
+        tuple(plan.exam.demonstrate(directory)),
+    )
+
+
 def ask_paper(
-    model: Opened, plan: Plan, paper: Paper, out: Path, share: Share | None = None
+    model: Opened,
+    plan: Plan,
+    paper: Paper,
+    out: Path,
+    share: Share | None = None,
+    restart: bool = False,
 ) -> None:
     """Has a model answer what it did not answer yet, or its share of it; `out` is the sitting.
+
+    With `restart`, another sitting there is thrown away, not refused.
 
     Raises:
         UserError: another sitting is in the way, or questions that the model cannot be asked.
     """
+    phrasing = find_phrasing(model.folder / "model", model.tokenizer, plan.chat)
     sitting = Sitting(
         exam=plan.exam.name,
         exam_dir=str(paper.directory.absolute()),
@@ -141,15 +189,81 @@ def ask_paper(
         shots=plan.shots,
         drawing=plan.drawing,
         data=read_fingerprints(model.folder),
+        chat=phrasing.chat.fingerprint if phrasing.chat else "",
     )
-    open_sitting(out, sitting)
+    open_sitting(out, sitting, restart)
     share = share or Share()
-    asks = paper.list_asks(plan)
-    generate = make_generate(model.network, model.mesh, model.tokenizer, slots=plan.slots)
-    answer = make_answer(generate, model.params, model.tokenizer, plan.drawing)
+    asks = paper.list_asks(plan, phrasing)
+    generate = make_generate(
+        model.network, model.mesh, model.tokenizer, end_ids=model.end_ids, slots=plan.slots
+    )
+    answer = make_answer(generate, model.params, phrasing, plan.drawing)
     total = len(share.take(asks))
     with tqdm(total=total, desc=plan.exam.name, unit=" answers", disable=None) as progress:
         ask_all(out, asks, answer, RunningScore(plan.exam, progress), share)
+
+
+def make_dev_looks(
+    config: Config, network: Network, mesh: Mesh, tokenizer: Tokenizer
+) -> list[Look]:
+    """The look at a model in training that a config's dev exam is; [] where it has none.
+
+    The answers of each step, and their report, lie in the run's exams/dev-<step>.
+
+    Raises:
+        UserError: a year is asked for that tests, or that the run trains on; or as `lay_out`.
+    """
+    asked = config.exam
+    if not asked.name:
+        return []
+    exam = find_exam(asked.name)
+    igakuqa = config.data.igakuqa
+    source = config.data.sample.exam if config.data.source == "candidates" else config.data.source
+    trained = igakuqa.train_years if source == exam.name != "fictional" else ()
+    allowed = tuple(year for year in exam.dev_years if year not in trained)
+    years = asked.years or allowed
+    if not years or not set(years) <= set(allowed):
+        raise UserError(
+            f"exam.years={years}: a model in training is asked dev questions only, none that test "
+            f"it and none that it is trained on; of {exam.name} these years are left: "
+            f"{', '.join(map(str, allowed)) or 'none'}"
+        )
+    tokens = {ANSWER_ONLY: asked.answer_tokens, EXPLAIN_FIRST: asked.explain_tokens}
+    plan = Plan(
+        exam,
+        directory=asked.directory,
+        years=years,
+        limit=asked.questions,
+        modes=asked.modes,
+        shots=exam.shots,
+        drawing=Drawing(tokens),
+        weigh=False,
+        slots=asked.slots,
+    )
+    paper = lay_out(plan, config if source == "fictional" else None)
+
+    def measure(params: Params, step: int) -> dict[str, float]:
+        model = Opened(
+            config.folder, step, network, params, tokenizer, mesh, read_end_ids(config.folder)
+        )
+        out = config.folder / "exams" / f"dev-{step}"
+        ask_paper(model, plan, paper, out, restart=True)
+        (found,) = write_report(plan.exam, [out])["models"]
+        return {
+            name: value
+            for mode in plan.modes
+            for name, value in _name_scores(mode, found["modes"][mode]["seeds"]["0"]).items()
+        }
+
+    best = config.checkpoint.best
+    logged = name_score(asked.modes[0])
+    return [Look(asked.every_steps, measure, logged, name_score(best) if best else "")]
+
+
+def _name_scores(mode: str, score: dict[str, Any]) -> dict[str, float]:
+    rates = {f"exam/{mode}/{name}": score["rates"][name] for name in LOGGED_RATES}
+    official = {f"exam/{mode}/official_share": score["official"]["share"]}
+    return {name_score(mode): score["extracted"]["share"], **official, **rates}
 
 
 class RunningScore:
@@ -172,32 +286,20 @@ class RunningScore:
         )
 
 
-def _find_directory(plan: Plan, folder: Path) -> Path:
-    """The exam's folder; that of a fictional world follows from the run that was trained on it."""
-    run = folder / "run.json"
-    if plan.exam.name == "fictional" and not plan.directory and run.is_file():
-        config = resolve(json.loads(run.read_text(encoding="utf-8"))["config"])
-        return find_world(config) / "exam"
-    return plan.exam.find(plan.directory)
-
-
-def _weigh_letters(
-    exam: Exam,
-    model: Opened,
-    out: Path,
-    questions: Sequence[Question],
-    demonstrations: Sequence[Question],
-) -> None:
+def _weigh_letters(plan: Plan, model: Opened, paper: Paper, out: Path) -> None:
     """Writes likelihood.json: the letter that the model finds likeliest, where one is asked."""
     if (out / "likelihood.json").exists():
         return
-    style = find_prompt(ANSWER_ONLY, len(demonstrations))
-    asked = [(q, style.render(q, demonstrations)) for q in questions if has_one_letter(q)]
-    weigh = make_weigh(model.network, model.mesh, model.tokenizer, style)
+    phrasing = find_phrasing(model.folder / "model", model.tokenizer, plan.chat)
+    style = find_prompt(ANSWER_ONLY, plan.shots, phrasing.chat is not None)
+    weighed = [question for question in paper.questions if has_one_letter(question)]
+    shown = paper.demonstrations[: plan.shots]
+    asked = [(question, phrasing.render(style, question, shown)) for question in weighed]
+    weigh = make_weigh(model.network, model.mesh, phrasing, style)
     found = tqdm(weigh(model.params, asked), desc="letters", total=len(asked), disable=None)
     logps = {question.id: logps_M.tolist() for question, logps_M in found}
     letters = {
-        q.id: (q.letters[max(enumerate(logps[q.id]), key=lambda x: x[1])[0]],) for q, _ in asked
+        q.id: (q.letters[max(enumerate(logps[q.id]), key=lambda x: x[1])[0]],) for q in weighed
     }
-    tally = tally_answers(exam, [question for question, _ in asked], letters)
+    tally = tally_answers(plan.exam, weighed, letters)
     write_json(out / "likelihood.json", {"prompt": style.name, **tally, "logps": logps})

@@ -92,7 +92,9 @@ def complete_file(
     }
     done = open_output(out, identity)
     asked = [request for request in requests if request.id not in done]
-    generate = make_generate(model.network, model.mesh, model.tokenizer, slots=slots)
+    generate = make_generate(
+        model.network, model.mesh, model.tokenizer, end_ids=model.end_ids, slots=slots
+    )
     reasons: Counter[str] = Counter()
     tokens, start = 0, time.monotonic()
     bar = tqdm(total=len(requests), initial=len(done), unit=" prompts", disable=None)
@@ -137,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     defaults = Settings()
     add = parser.add_argument
     add("--checkpoint", required=True, help="a model folder: a run, or what `convert import` made")
+    add("--step", type=int, help="of its checkpoint; default: the newest")
     add("--prompt", help="one text; its completion is printed")
     add("--prompts", type=Path, help="JSONL file of prompts")
     add("--out", type=Path, help="JSONL file for their completions")
@@ -169,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(args.max_tokens, args.temperature, args.top_k, args.top_p, tuple(args.stop))
     check_settings(settings, "command line")
     mesh = MeshConfig(data=1, fsdp=-1, tensor=args.tensor)
-    model = open_model(Path(args.checkpoint), mesh, args.dtype)
+    model = open_model(Path(args.checkpoint), mesh, args.dtype, args.step)
     with jax.set_mesh(model.mesh):
         params = split_layers(model.params, give_up=True)
     model = dataclasses.replace(model, params=params)
@@ -177,7 +180,9 @@ def run(args: argparse.Namespace) -> None:
         print(complete_file(model, args.prompts, args.out, settings, args.seed, args.slots))
         return
     request = Request("", model.tokenizer.encode(args.prompt), _make_seed(args.seed, ""), settings)
-    generate = make_generate(model.network, model.mesh, model.tokenizer, slots=1)
+    generate = make_generate(
+        model.network, model.mesh, model.tokenizer, end_ids=model.end_ids, slots=1
+    )
     completions: Iterator[Completion] = generate(model.params, [request])
     (completion,) = completions
     print(completion.text)

@@ -23,6 +23,7 @@ from rpo_jax.exams.asking import (
     Drawing,
     Share,
     digest_questions,
+    parse_share,
     read_answers,
 )
 from rpo_jax.exams.candidates import (
@@ -45,7 +46,7 @@ _FORMAT = 1  # raised when candidates change their meaning: older sets are then 
 def main(config: Config, share: str = "") -> None:
     """Draws answers of the model in init_from, judges them by the exam's key, and stores all."""
     split = split_exam(config)
-    draw(config, split, _parse_share(share))
+    draw(config, split, parse_share(share))
     there, wanted = count_drawn(config, split)
     if share and there < wanted:
         print(f"{there:,} of {wanted:,} answers are drawn; the others come from the other shares")
@@ -185,6 +186,7 @@ def _plan(config: Config, split: Split) -> Plan:
             options.top_p,
         ),
         slots=options.slots,
+        chat="no",  # the prompts of pairs are plain text
     )
 
 
@@ -231,13 +233,6 @@ def _check_source(config: Config) -> None:
             f"data.source={config.data.source!r}: answers are sampled and paired where it is "
             "'candidates'"
         )
-
-
-def _parse_share(text: str) -> Share:
-    number, _, count = (text or "0/1").partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"--share={text}: like 0/4, 1/4, 2/4 and 3/4 is wanted")
-    return Share(int(number), int(count))
 
 
 if __name__ == "__main__":

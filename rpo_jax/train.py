@@ -1,6 +1,7 @@
 """Trains one run: `python -m rpo_jax.train --config configs/<name>.py`."""
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,16 @@ from rpo_jax.config import Config, to_dict
 from rpo_jax.data.records import Records, open_records
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
+from rpo_jax.examine import make_dev_looks
 from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.audit import audit_control_tokens
-from rpo_jax.training.checkpoint import open_checkpoints, restore_state
+from rpo_jax.training.checkpoint import find_best, open_checkpoints, restore_state
 from rpo_jax.training.distributed import OPTIONS, in_turn, joined, read_cluster
 from rpo_jax.training.dry_run import describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
-from rpo_jax.training.loop import heldout_names, run_steps
+from rpo_jax.training.loop import Look, heldout_names, run_steps
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import first_trained, load_frozen
@@ -68,13 +70,14 @@ def build(config: Config) -> Workload:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads."""
+    """What a run reads, and the dev exam that it takes."""
 
     tokenizer: Tokenizer
     prepared: Prepared
     records: Records
     heldout: Records
     general: Records | None
+    exams: tuple[Look, ...]
 
 
 def open_inputs(work: Workload) -> Inputs:
@@ -85,6 +88,7 @@ def open_inputs(work: Workload) -> Inputs:
     """
     tokenizer = in_turn(lambda: load_tokenizer(work.config))
     check_vocabulary(work.config, tokenizer, work.network.shape)
+    exams = make_dev_looks(work.config, work.network, work.mesh, tokenizer)
     prepared = in_turn(lambda: prepare(work.config, tokenizer))
     records, heldout = open_records(prepared.train), open_records(prepared.heldout)
     fingerprints = {
@@ -96,7 +100,7 @@ def open_inputs(work: Workload) -> Inputs:
     if general is not None:
         fingerprints["the general text"] = general.fingerprint
     in_turn(lambda: open_run(work.config, work.network.shape, tokenizer, fingerprints))
-    return Inputs(tokenizer, prepared, records, heldout, general)
+    return Inputs(tokenizer, prepared, records, heldout, general, tuple(exams))
 
 
 def train(work: Workload) -> dict[str, Any]:
@@ -133,59 +137,94 @@ def train(work: Workload) -> dict[str, Any]:
         evaluate = make_evaluate(
             work, abstract_weights(network, mesh), heldout, references[1], inputs.general
         )
+        looks = [
+            Look(
+                config.train.eval_every_steps,
+                lambda params, step: heldout_names(evaluate(params)),
+                logged="heldout/loss",
+            ),
+            *inputs.exams,
+        ]
         # Nothing saved is nothing done: the curves then start anew, before step 0.
         with MetricLog(folder, config.log, done if done else -1, to_dict(config)) as log:
             if done == 0:
                 audit_control_tokens(inputs.tokenizer, records, params)
-                log.write(0, heldout_names(evaluate(params)))
             step = make_step(work, tx, abstract)
             batches = train_batches(work, records, references[0], done)
-            state = run_steps(work, step, state, frozen, batches, evaluate, checkpoints, log)
-            if not log.has(config.train.steps, "heldout/loss"):
-                last = evaluate(join_params(state.params, frozen))
-                log.write(config.train.steps, heldout_names(last))
-    return in_turn(lambda: summarise(config, inputs.prepared))
+            state = run_steps(work, step, state, frozen, batches, looks, checkpoints, log)
+        best = find_best(checkpoints, config.checkpoint)
+    return in_turn(lambda: summarise(config, inputs.prepared, best))
 
 
-def summarise(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """Writes and returns what came of a run: held-out measures before and after, and the paths."""
+def summarise(
+    config: Config, prepared: Prepared, best: tuple[int, float] | None = None
+) -> dict[str, Any]:
+    """Writes and returns what came of a run: measures before and after, and the paths.
+
+    Args:
+        config: of the run.
+        prepared: its records.
+        best: step and score of the checkpoint that the dev exam selects.
+    """
     folder = config.folder
-    heldout = {line["step"]: line for line in read_metrics(folder) if "heldout/loss" in line}
-    if not {0, config.train.steps} <= heldout.keys():
+    lines = read_metrics(folder)
+    heldout = _before_and_after(config, lines, "heldout/")
+    if len(heldout) < 2:
         raise UserError(
             f"{folder}/metrics.jsonl: the held-out measures of step 0 or {config.train.steps} are "
             "lost; `rpo_jax.evaluate` measures the checkpoint again"
         )
-    before, after = (
-        {name.removeprefix("heldout/"): line[name] for name in line if name.startswith("heldout/")}
-        for line in (heldout[0], heldout[config.train.steps])
-    )
-    summary = {
+    checkpoints = folder / "checkpoints"
+    summary: dict[str, Any] = {
         "name": config.name,
         "stage": config.stage,
         "steps": config.train.steps,
-        "heldout": {"before": before, "after": after},
+        "heldout": heldout,
+        "exam": _before_and_after(config, lines, "exam/"),
+        "best": None,
         "data": read_fingerprints(folder),
         "paths": {
             "run": str(folder),
-            "checkpoint": str(find_checkpoints(epath.Path(folder)) / str(config.train.steps)),
+            "checkpoint": str(checkpoints / str(config.train.steps)),
             "metrics": str(folder / "metrics.jsonl"),
             "log": str(folder / "log.txt"),
             "records": str(prepared.train),
             "heldout_records": str(prepared.heldout),
         },
     }
+    if best:
+        step, score = best
+        summary["best"] = {"step": step, "mode": config.checkpoint.best, "share": score}
+        summary["paths"]["best_checkpoint"] = str(checkpoints / str(step))
     if jax.process_index() == 0:
         write_json(folder / "summary.json", summary)
     return summary
 
 
+def _before_and_after(
+    config: Config, lines: list[dict[str, float]], prefix: str
+) -> dict[str, dict[str, float]]:
+    """The scalars of a prefix that were logged at the first and the last step."""
+    found: dict[str, dict[str, float]] = {}
+    for when, step in (("before", 0), ("after", config.train.steps)):
+        for line in lines:
+            here = {n.removeprefix(prefix): line[n] for n in line if n.startswith(prefix)}
+            if line["step"] == step and here:
+                found[when] = here
+    return found
+
+
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
-    before, after = summary["heldout"]["before"], summary["heldout"]["after"]
-    lines = [f"{summary['name']}: {summary['stage']}, {summary['steps']} steps", ""]
-    lines.append(f"{'held out':<22}{'before':>12}{'after':>12}")
-    lines += [f"{name:<22}{before[name]:>12.4f}{after[name]:>12.4f}" for name in after]
+    lines = [f"{summary['name']}: {summary['stage']}, {summary['steps']} steps"]
+    for title, part in (("held out", "heldout"), ("dev exam", "exam")):
+        before, after = summary[part].get("before", {}), summary[part].get("after", {})
+        rows = [(name, before.get(name, math.nan), after[name]) for name in after]
+        lines += ["", f"{title:<28}{'before':>12}{'after':>12}"] if rows else []
+        lines += [f"{name:<28}{first:>12.4f}{last:>12.4f}" for name, first, last in rows]
+    if best := summary["best"]:
+        lines += ["", f"best by the dev exam, {best['mode']}: step {best['step']}, "]
+        lines[-1] += f"{best['share']:.1%} of the points"
     lines += ["", *(f"{name:<22}{path}" for name, path in summary["paths"].items())]
     return "\n".join(lines)
 

@@ -14,7 +14,13 @@ from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training import checkpoint
-from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
+from rpo_jax.training.checkpoint import (
+    find_best,
+    name_score,
+    open_checkpoints,
+    restore_state,
+    save_state,
+)
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import (
@@ -56,6 +62,31 @@ def test_a_state_comes_back_on_any_mesh(saved):
         kernel = found.params["layers"]["mlp"]["up"]["kernel"]
         assert kernel.sharding.mesh == mesh
         assert fingerprint_params(found.params) == fingerprint_params(state.params)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    config = Checkpoint(keep=1, best="answer_only")
+    state = start_from(make_params(NETWORK, ONE, seed=0), TX, abstract_state(NETWORK, TX, ONE))
+    shares = {1: 0.2, 2: 0.6, 3: None, 4: 0.6, 5: 0.1, 6: None}
+    kept = {}
+    for step, share in shares.items():
+        with open_checkpoints(tmp_path, config) as checkpoints:  # each as if the run went on
+            name = name_score("answer_only")
+            scores = {} if share is None else {name: share}
+            later = dataclasses.replace(state, step=state.step + step)
+            save_state(checkpoints, later, scores=scores)
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            steps = {found.step for found in checkpoints.checkpoints}
+            kept[step] = steps, find_best(checkpoints, config)
+            assert find_best(checkpoints, Checkpoint(best="explain_first")) is None
+    assert kept == {
+        1: ({1}, (1, 0.2)),
+        2: ({2}, (2, 0.6)),
+        3: ({2, 3}, (2, 0.6)),
+        4: ({4}, (4, 0.6)),  # of equals the newest
+        5: ({4, 5}, (4, 0.6)),
+        6: ({4, 6}, (4, 0.6)),
+    }
 
 
 def test_the_fingerprint_sees_a_changed_and_a_moved_value(saved):

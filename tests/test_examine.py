@@ -1,6 +1,7 @@
 """A model takes an exam through the command: any mesh, any interruption, the same report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -79,6 +80,50 @@ def test_one_command_takes_the_exam_and_a_break_changes_nothing(capsys, tmp_path
     assert read_all(tmp_path / "a") == whole
     assert path.read_bytes().splitlines(keepends=True)[:2] == kept
     assert again == found
+
+
+@pytest.mark.full
+def test_hosts_share_an_exam_and_the_last_one_makes_the_report(capsys, tmp_path, model, exam_dir):
+    alone = run(capsys, *arguments(model, exam_dir, tmp_path / "alone", "--slots", "8"))
+    given = arguments(model, exam_dir, tmp_path / "shared", "--slots", "8")
+    with cli.exit_on_error():
+        main([*given, "--share", "1/2", "--json"])
+    assert "--share 1/2 is answered" in capsys.readouterr().out
+    assert not (tmp_path / "shared" / "report.json").exists()
+    found = run(capsys, *given, "--share", "0/2")
+    for one in (alone, found):
+        del one["models"][0]["folder"]
+    assert found == alone
+    names = {path.name for path in (tmp_path / "shared" / "responses").iterdir()}
+    assert names == {
+        f"{m}-0.{n}of2.jsonl" for m in ("answer_only", "explain_first") for n in (0, 1)
+    }
+
+
+@pytest.mark.full
+def test_a_chat_model_is_asked_by_its_template(capsys, tmp_path, model, exam_dir):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(model, chatty)
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (chatty / "model" / "chat_template.jinja").write_text(template)
+    given = arguments(chatty, exam_dir, tmp_path / "a", "--modes", "answer_only", "--slots", "8")
+    (one,) = run(capsys, *given, "--answer_tokens", "2")["models"]
+    opened = open_model(chatty, MeshConfig(data=1, fsdp=8))
+    style = find_prompt("answer_only", 0, chat=True)
+    questions = {question.id: question for question in read_questions(exam_dir, [YEAR])}
+    assert one["settings"]["chat"] and one["modes"]["answer_only"]["prompt"] == style.name
+    eos = opened.tokenizer.eos_id
+    for answer in read_answers(tmp_path / "a", "answer_only", 0):
+        turns = [m["content"] for m in style.messages(questions[answer.id])]
+        ids = [id_ for text in turns for id_ in (*opened.tokenizer.encode(text), eos)]
+        written = int(np.argmax(whole_logits(opened, ids)))
+        first = "" if written == eos else opened.tokenizer.decode([written])
+        assert answer.text.startswith(first)
+    assert "no chat template" in refuse(
+        capsys, *arguments(model, exam_dir, tmp_path / "b", "--chat", "yes")
+    )
+    plain = run(capsys, *given[:-4], "--out", str(tmp_path / "c"), "--chat", "no", "--slots", "8")
+    assert plain["models"][0]["settings"]["chat"] == ""
 
 
 @pytest.mark.full

@@ -99,6 +99,15 @@ def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
     assert compared == sum(lengths) - sum(prompts) - 3 * shared
 
 
+@pytest.mark.parametrize("head_rows", [1, 36, 48, 96])
+def test_logits_in_parts_are_the_logits(params, head_rows):
+    states = jax.random.normal(jax.random.key(1), (5, SHAPE.hidden_size))
+    want = np.asarray(states @ head_table(params).T, np.float64)
+    got = compute_logits(split_layers(params), states, USED, head_rows)
+    np.testing.assert_allclose(got[:, :USED], want[:, :USED], rtol=0, atol=1e-5)
+    assert np.isneginf(got[:, USED:]).all()
+
+
 @pytest.mark.parametrize("rows", [2, 4])
 def test_few_rows_on_a_mesh_are_those_of_one_device(params, rows):
     """A row a device or less: where a layer's weights were not gathered by name, XLA went wrong."""

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,18 @@ def test_the_page_is_whole_and_needs_nothing_else(folders, report):
     for part in ("answer only", "explain first", "McNemar", "points", "not decided"):
         assert part in page.text
     for model in report["models"]:
-        shown = f"{model['comparison']['points']['difference']:+.1f} points"
+        shown = f"{model['comparison']['points']['difference']:+.1f} points".replace("-", "−")
         assert shown in " ".join(page.text.split())
+
+
+def test_the_exams_rules_are_told_of_every_mode(report):
+    rules = render_page(report).split("own rules</h2>")[1].split("</table>")[0]
+    rows = [" ".join(Page(row).text.split()) for row in re.findall("<tr>.*?</tr>", rules, re.S)]
+    assert [row.split(", seed")[0] for row in rows[1:]] == [
+        f"{model['name']}{mode}"
+        for model in report["models"]
+        for mode in ("answer only", "explain first")
+    ]
 
 
 def test_every_bar_lies_inside_its_plot(folders, report):
@@ -143,6 +154,7 @@ def test_every_bar_lies_inside_its_plot(folders, report):
             assert x >= 0 and x + w <= width and y >= 0 and y + h <= height and w >= 0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it_in_light_and_dark(tmp_path, folders, report):
     def browse(*flags: str) -> subprocess.CompletedProcess:
@@ -160,18 +172,17 @@ def test_a_browser_shows_it_in_light_and_dark(tmp_path, folders, report):
     shown = browse("--dump-dom").stdout.decode()
     assert "</html>" in shown and shown.count("<svg") == 3
     assert "<table" in shown and "McNemar" in shown
-    pictures = {}
-    for scheme, setting in (("light", "1"), ("dark", "0")):
-        path = tmp_path / f"{scheme}.png"
-        browse(f"--screenshot={path}", f"--blink-settings=preferredColorScheme={setting}")
-        pictures[scheme] = read_first_pixel(path)
-    assert min(pictures["light"]) > 240 and max(pictures["dark"]) < 40
-
-
-def read_first_pixel(path: Path) -> tuple[int, ...]:
     import matplotlib.image
 
-    return tuple(int(255 * value) for value in matplotlib.image.imread(path)[2, 2][:3])
+    for scheme, setting, paper, bars in (
+        ("light", 1, (255, 255, 255), (9, 105, 218)),
+        ("dark", 0, (13, 17, 23), (68, 147, 248)),
+    ):
+        path = tmp_path / f"{scheme}.png"
+        browse(f"--screenshot={path}", f"--blink-settings=preferredColorScheme={setting}")
+        pixels = (255 * matplotlib.image.imread(path)[..., :3]).round().astype(int).tolist()
+        seen = Counter(tuple(pixel) for row in pixels for pixel in row)
+        assert seen.most_common(1)[0][0] == paper and seen[bars] > 500
 
 
 def test_a_slice_says_so_and_shows_no_published_totals(tmp_path, exam):

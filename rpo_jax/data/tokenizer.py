@@ -19,7 +19,7 @@ from rpo_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
-_SETTINGS_FILE = "tokenizer_config.json"  # where Hugging Face names the end of text too
+SETTINGS_FILE = "tokenizer_config.json"  # where Hugging Face names the end of text too
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 _LINE_CHARACTERS = 1000  # the trainer silently skips lines above 4192 bytes
 
@@ -62,6 +62,15 @@ class Tokenizer:
         """The ids of each text."""
         return self._encode(texts)
 
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which control tokens are spelt out and mean themselves."""
+        ids_of = {token: id_ for id_, token in self.control.items()}
+        spelt = "|".join(re.escape(token) for token in sorted(ids_of, key=len, reverse=True))
+        ids: list[int] = []
+        for part in re.split(f"({spelt})", text) if spelt else [text]:
+            ids += [ids_of[part]] if part in ids_of else self.encode(part)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens spelt out where the tokenizer can."""
         return self._decode(ids)
@@ -75,7 +84,7 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         settings = json.dumps({"eos_token": self.eos_token}, ensure_ascii=False) + "\n"
         for name, content in (
-            (_SETTINGS_FILE, settings.encode()),
+            (SETTINGS_FILE, settings.encode()),
             (self.file_name, self.content),
         ):
             scratch = directory / f"{name}.incomplete"
@@ -96,7 +105,7 @@ def read_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        end_of_text = end_of_text or _stated_end(path / _SETTINGS_FILE)
+        end_of_text = end_of_text or _stated_end(path / SETTINGS_FILE)
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if not found:
             raise UserError(f"{path}: holds no tokenizer ({' or '.join(FILE_NAMES)} is wanted)")

@@ -12,6 +12,8 @@ Several hosts may share one: each asks its own share, and writes `<mode>-<seed>.
 import hashlib
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ _PROMPTS = {  # by mode and demonstrations
     (EXPLAIN_FIRST, 3): "EXPLAIN_V1",
     (EXPLAIN_FIRST, 0): "EXPLAIN_ZERO_SHOT_V1",
 }
+_CHAT_PROMPTS = {**_PROMPTS, (ANSWER_ONLY, 3): "OFFICIAL_V1"}  # a chat has the system line
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Sitting:
         shots: demonstrations in the prompts, which names their formats.
         drawing: how answers are drawn.
         data: fingerprints of what a run was trained on, by name; of other models none.
+        chat: digest of the model's chat template, if that puts the questions.
     """
 
     exam: str
@@ -85,6 +89,7 @@ class Sitting:
     shots: int
     drawing: Drawing
     data: Mapping[str, str] = field(default_factory=dict)
+    chat: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,23 @@ class Share:
         return f"{mode}-{seed}{own}.jsonl"
 
 
+def parse_share(text: str) -> Share:
+    """A share as a command line names it: "1/4" is the second of four; "" is all.
+
+    Raises:
+        UserError: it names none.
+    """
+    number, _, count = (text or "0/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--share={text}: like 0/4, 1/4, 2/4 and 3/4 is wanted")
+    return Share(int(number), int(count))
+
+
 Answer = Callable[[Sequence[Ask]], Iterator[tuple[Ask, Response]]]
 
 
-def find_prompt(mode: str, shots: int) -> PromptFormat:
-    """The prompt format of a mode with so many demonstrations.
+def find_prompt(mode: str, shots: int, chat: bool = False) -> PromptFormat:
+    """The prompt format of a mode with so many demonstrations, as text or for a chat template.
 
     Raises:
         UserError: there is none.
@@ -126,7 +143,7 @@ def find_prompt(mode: str, shots: int) -> PromptFormat:
     if (mode, shots) not in _PROMPTS:
         known = ", ".join(f"{m} with {s} shots" for m, s in _PROMPTS)
         raise UserError(f"--modes {mode} --shots {shots}: no such prompt; known: {known}")
-    return FORMATS[_PROMPTS[mode, shots]]
+    return FORMATS[(_CHAT_PROMPTS if chat else _PROMPTS)[mode, shots]]
 
 
 def choose_questions(questions: Sequence[Question], limit: int) -> list[Question]:
@@ -142,30 +159,39 @@ def digest_questions(questions: Sequence[Question], demonstrations: Sequence[Que
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def open_sitting(folder: Path, sitting: Sitting) -> None:
+def open_sitting(folder: Path, sitting: Sitting, restart: bool = False) -> None:
     """Starts a sitting, or checks that the one in the folder is the same.
+
+    Args:
+        folder: of the sitting.
+        sitting: that is wanted.
+        restart: throw another sitting away.
 
     Raises:
         UserError: another sitting is there; says what differs.
     """
     path = folder / "sitting.json"
     wanted = json.loads(json.dumps(asdict(sitting)))
+    changed = _find_changes(folder, wanted) if path.exists() else []
+    if changed and restart:
+        shutil.rmtree(folder)
     if not path.exists():
         (folder / _RESPONSES).mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, ensure_ascii=False, indent=2) + "\n")
-        return
-    there = asdict(read_sitting(folder))
-    there = json.loads(json.dumps(there))
+    elif changed:
+        raise UserError(
+            f"{folder} holds another sitting ({'; '.join(changed)}); choose another --out"
+        )
+
+
+def _find_changes(folder: Path, wanted: dict[str, Any]) -> list[str]:
+    there = json.loads(json.dumps(asdict(read_sitting(folder))))
     free = ("exam_dir", "model")  # a folder may move; the digests say whether it is the same
-    changed = [
+    return [
         f"{name}: {there[name]!r} -> {wanted[name]!r}"
         for name in wanted
         if name not in free and there[name] != wanted[name]
     ]
-    if changed:
-        raise UserError(
-            f"{folder} holds another sitting ({'; '.join(changed)}); choose another --out"
-        )
 
 
 def read_sitting(folder: Path) -> Sitting:
@@ -253,7 +279,7 @@ def read_answers(folder: Path, mode: str, seed: int) -> list[Response]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # of this host alone
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 

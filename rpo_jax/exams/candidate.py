@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.exams.asking import Answer, Ask, Drawing
 from rpo_jax.exams.igakuqa import Question
+from rpo_jax.exams.phrasing import Phrasing
 from rpo_jax.exams.prompts import PromptFormat
 from rpo_jax.exams.responses import Response, predict
 from rpo_jax.generation.batching import Generate
@@ -25,9 +25,7 @@ from rpo_jax.sharding.rules import batch_sharding, replicated
 _ROUND = 64  # row lengths are multiples, so that few programs are compiled
 
 
-def make_answer(
-    generate: Generate, params: Params, tokenizer: Tokenizer, drawing: Drawing
-) -> Answer:
+def make_answer(generate: Generate, params: Params, phrasing: Phrasing, drawing: Drawing) -> Answer:
     """A function that puts questions of one mode to a model and yields responses as they end.
 
     The random numbers of an answer follow from seed, mode and question alone.
@@ -38,7 +36,7 @@ def make_answer(
         requests = [
             Request(
                 id_,
-                tokenizer.encode(ask.prompt),
+                phrasing.encode(ask.prompt),
                 zlib.crc32(id_.encode()),
                 Settings(
                     drawing.max_tokens[ask.mode],
@@ -75,7 +73,7 @@ Weigh = Callable[[Params, Sequence[tuple[Question, str]]], Iterator[tuple[Questi
 
 
 def make_weigh(
-    network: Network, mesh: Mesh, tokenizer: Tokenizer, style: PromptFormat, rows: int = 8
+    network: Network, mesh: Mesh, phrasing: Phrasing, style: PromptFormat, rows: int = 8
 ) -> Weigh:
     """A function from weights and (question, prompt) to the log-probability of each letter.
 
@@ -85,7 +83,7 @@ def make_weigh(
     Args:
         network: shape and dtypes.
         mesh: the device mesh.
-        tokenizer: of the model.
+        phrasing: how the model is asked.
         style: gives the response of a letter.
         rows: questions at a time; rounded up to the devices that rows are cut over.
     """
@@ -102,7 +100,7 @@ def make_weigh(
             batch["positions"],
         )
         hidden_BMD = jnp.take_along_axis(hidden_BTD, batch["target_index"][..., None], axis=1)
-        used = Projection(chunk=8, used_vocab=tokenizer.vocab_size)
+        used = Projection(chunk=8, used_vocab=phrasing.tokenizer.vocab_size)
         return token_logps(hidden_BMD, head_table(params), batch["labels"], used)
 
     compiled = jax.jit(
@@ -112,7 +110,7 @@ def make_weigh(
     def weigh(
         params: Params, asked: Sequence[tuple[Question, str]]
     ) -> Iterator[tuple[Question, np.ndarray]]:
-        rest = [(q, *_lay_out(tokenizer, style, q, prompt)) for q, prompt in asked]
+        rest = [(q, *_lay_out(phrasing, style, q, prompt)) for q, prompt in asked]
         widest = max((len(question.letters) for question, *_ in rest), default=0)
         rest.sort(key=lambda row: len(row[1]))
         with jax.set_mesh(mesh):
@@ -127,10 +125,10 @@ def make_weigh(
 
 
 def _lay_out(
-    tokenizer: Tokenizer, style: PromptFormat, question: Question, prompt: str
+    phrasing: Phrasing, style: PromptFormat, question: Question, prompt: str
 ) -> tuple[list[int], list[int]]:
     """The tokens before a letter, and each letter's own token."""
-    answers = [tokenizer.encode(style.target(question, (x,))) for x in question.letters]
+    answers = [phrasing.encode_answer(style, question, (x,)) for x in question.letters]
     before = {tuple(ids[:-1]) for ids in answers}
     last = [ids[-1] for ids in answers]
     if len(before) > 1 or len(set(last)) < len(last):
@@ -138,7 +136,7 @@ def _lay_out(
             f"question {question.id}: this tokenizer does not write each letter as one token of "
             "its own, so their likelihoods cannot be compared; use --no-likelihood"
         )
-    return tokenizer.encode(prompt) + list(before.pop()), last
+    return phrasing.encode(prompt) + list(before.pop()), last
 
 
 def _stack(rows: Sequence[tuple[Question, list[int], list[int]]], widest: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Exam:
         title: for reports.
         source: where a copy is fetched.
         years: asked where none is named; empty: whatever the folder holds.
+        dev_years: that a model in training may be asked; the others test what came of it.
         directory_variable: environment variable that names a copy; "": none.
         always_right: ids that count as right whatever is answered.
         required_sections: letters of the sections with an absolute pass mark; "": no such rule.
@@ -39,6 +40,7 @@ class Exam:
     title: str
     source: str
     years: tuple[int, ...] = ()
+    dev_years: tuple[int, ...] = ()
     directory_variable: str = ""
     always_right: frozenset[str] = frozenset()
     required_sections: str = ""

@@ -19,7 +19,11 @@ def render_page(report: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "mode": _NAMES.__getitem__}
+    environment.filters |= {
+        "percent": _percent,
+        "signed": _signed,
+        "mode": _NAMES.__getitem__,
+    }
     template = environment.get_template("report.html.jinja")
     return template.render(
         report=report,
@@ -31,6 +35,10 @@ def render_page(report: dict[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.1f}".replace("-", "−")
 
 
 def _draw_points(report: dict[str, Any]) -> Markup:
@@ -81,7 +89,7 @@ def _draw_differences(report: dict[str, Any]) -> Markup:
             _label(name, y),
             _line(f"interval {kind}", low, y + 13, high, y + 13),
             f'<circle class="{kind}" cx="{at:.1f}" cy="{y + 13}" r="5"/>',
-            _value(high + 10, y, f"{found['difference']:+.1f}"),
+            _value(_WIDTH - _RIGHT + 10, y, _signed(found["difference"])),
         ]
     return _svg(parts, len(rows) + 1, "Explain first less answer only, in points")
 

@@ -56,7 +56,8 @@ class PromptFormat:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for demonstration in demonstrations:
             messages.append({"role": "user", "content": self._ask(demonstration)})
-            reply = self._answer_as_gold(demonstration).removeprefix("\n")
+            gold, explanation = demonstration.accepted[0], demonstration.explanation
+            reply = self.reply(demonstration, gold, explanation)
             messages.append({"role": "assistant", "content": reply})
         return [*messages, {"role": "user", "content": self._ask(question)}]
 
@@ -83,6 +84,12 @@ class PromptFormat:
         if not explanation:
             raise ValueError(f"question {question.id}: prompt {self.name} needs an explanation")
         return f"{explanation}\n答え: {answer}"
+
+    def reply(
+        self, question: Question, letters: Sequence[str], explanation: str | None = None
+    ) -> str:
+        """`target` as a chat message of its own."""
+        return self.target(question, letters, explanation).removeprefix("\n")
 
     def _ask(self, question: Question) -> str:
         lines = [f"問題: {question.text}"]

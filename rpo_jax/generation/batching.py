@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,6 +26,7 @@ from rpo_jax.model.cache import split_layers
 from rpo_jax.model.qwen2 import Network, Params
 
 SLOTS = 16  # completions at a time, where nothing else is said
+_HEAD_BYTES = 2**21  # of the head that a CPU multiplies at a time
 _ROUND = 64  # sizes of prefix and cache are multiples: similar jobs share their compiled programs
 
 Generate = Callable[..., Iterator[Completion]]
@@ -70,7 +72,10 @@ def make_generate(
             f"{network.shape.vocab_size} rows: they do not belong together"
         )
     ends = tuple(sorted({tokenizer.eos_id, *end_ids}))
-    model = Model(network, tokenizer.vocab_size, ends, chunk)
+    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    row_bytes = network.shape.hidden_size * jnp.dtype(network.compute_dtype).itemsize
+    head_rows = max(_HEAD_BYTES // row_bytes, 1) if one_cpu else 0
+    model = Model(network, tokenizer.vocab_size, ends, chunk, head_rows)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     slots = _round_up(slots, shards)
     group = _round_up(max(slots // 4, 1), shards)

@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,17 +27,38 @@ from rpo_jax.training.state import TrainState, join_params
 from rpo_jax.training.workload import Workload
 
 
+@dataclass(frozen=True)
+class Look:
+    """Something that is measured of the weights: before training, on the way, and at its end.
+
+    Attributes:
+        every_steps: on the way; 0: never.
+        measure: from the whole weights and their step to scalars, by the names they are logged as.
+        logged: one of these names, which tells that a step was looked at.
+        selects: another, by which the best checkpoint is kept (higher is better): the weights of
+            each look are then saved. "": none.
+    """
+
+    every_steps: int
+    measure: Callable[[Params, int], dict[str, float]]
+    logged: str
+    selects: str = ""
+
+
 def run_steps(
     work: Workload,
     step: Callable[..., tuple[TrainState, dict[str, Array]]],
     state: TrainState,
     frozen: Params,
     batches: Iterator[dict[str, np.ndarray]],
-    evaluate: Callable[[Params], dict[str, float]],
+    looks: Sequence[Look],
     checkpoints: ocp.training.Checkpointer,
     log: MetricLog,
 ) -> TrainState:
     """Steps from `state.step` to `train.steps`; every step's metrics are logged.
+
+    A step is looked at before it is saved; one that was saved in a hurry, after a signal, when the
+    run goes on.
 
     Metrics stay on the device until they are due, so that the host runs ahead of the device.
 
@@ -51,10 +73,26 @@ def run_steps(
     meter, watch = _Meter(work), Watch()
     terms_every = config.rpo.term_gradients_every_steps if config.stage == "rpo" else 0
     term_gradients = make_term_gradients(work)
+
+    def look() -> dict[str, float]:
+        """Logs what is due of the state; returns the scores by which it may be the best."""
+        scores: dict[str, float] = {}
+        for one in looks:
+            due = done in (0, train.steps) or _is_due(done, one.every_steps)
+            if not due or log.has(done, one.logged):
+                continue
+            found = one.measure(join_params(state.params, frozen), done)
+            log.write(done, found)
+            watch.look(done, found)
+            meter.start()
+            scores |= {one.selects: found[one.selects]} if one.selects else {}
+        return scores
+
     with (
         catch_signals() as stop,
         tqdm(total=train.steps, initial=done, desc=config.name, unit="step", disable=None) as bar,
     ):
+        look()  # at step 0, and where a run was stopped before it looked
         while done < train.steps:
             batch = next(batches)
             placed = put_batch(batch, work.mesh)
@@ -68,29 +106,29 @@ def run_steps(
             meter.add(batch)
             if all_should_stop(done):
                 stop.append(signal.SIGTERM)
-            last = done == train.steps or bool(stop)
-            save = last or done % config.checkpoint.save_every_steps == 0
-            look = train.eval_every_steps and done % train.eval_every_steps == 0
-            if last or save or look or done % train.log_every_steps == 0:
+            stops = bool(stop)  # a signal from here on waits for the next step
+            last = done == train.steps
+            save = last or stops or _is_due(done, config.checkpoint.save_every_steps)
+            looks_due = any(_is_due(done, one.every_steps) for one in looks)
+            if save or looks_due or _is_due(done, train.log_every_steps):
                 newest = _flush(pending, log, meter, watch)
                 bar.set_postfix({k: f"{newest[k]:.4g}" for k in ("loss", "tokens_per_s")})
                 if bar.disable:
                     _say(done, train.steps, newest)
                 meter.start()
-            if look and not last:
-                heldout = heldout_names(evaluate(join_params(state.params, frozen)))
-                log.write(done, heldout)
-                watch.look(done, heldout)
-                meter.start()
-            if save:
+            scores = {} if stops else look()
+            if save or scores:
                 log.sync()  # a checkpoint is never ahead of its metrics
-                save_state(checkpoints, state, read_fingerprints(config.folder))
+                save_state(checkpoints, state, read_fingerprints(config.folder), scores)
                 log.write(done, measure_memory())
-            # Only where this step was saved: a signal that came since then waits for the next one.
-            if save and stop:
+            if stops:
                 checkpoints.wait()
                 raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
     return state
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
 
 
 def heldout_names(means: dict[str, float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A finished model, opened for use: network, weights on a mesh, tokenizer."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,12 @@ class Opened:
 
     Attributes:
         folder: of a run, or of a converted model.
-        step: of its newest checkpoint.
+        step: of its checkpoint.
         network: shape and dtypes.
         params: the weights, on `mesh`.
         tokenizer: of the folder.
         mesh: where everything lies.
+        end_ids: that end a completion besides the tokenizer's end of text.
     """
 
     folder: Path
@@ -35,10 +37,15 @@ class Opened:
     params: Params
     tokenizer: Tokenizer
     mesh: Mesh
+    end_ids: tuple[int, ...] = ()
 
 
-def open_model(folder: Path, mesh: MeshConfig, dtype: str = "float32") -> Opened:
+def open_model(
+    folder: Path, mesh: MeshConfig, dtype: str = "float32", step: int | None = None
+) -> Opened:
     """Reads a model folder; its weights are cast to `dtype`, which is that of the matmuls too.
+
+    `step` names a checkpoint; None: the newest.
 
     Raises:
         UserError: the folder is no model, or its tokenizer does not fit its network.
@@ -58,5 +65,22 @@ def open_model(folder: Path, mesh: MeshConfig, dtype: str = "float32") -> Opened
         )
     placed = make_mesh(mesh)
     with jax.set_mesh(placed):
-        step, params = load_params(folder, abstract_weights(network, placed))
-    return Opened(folder, step, network, params, tokenizer, placed)
+        step, params = load_params(folder, abstract_weights(network, placed), step)
+    return Opened(folder, step, network, params, tokenizer, placed, read_end_ids(folder))
+
+
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that a model folder's generation_config.json ends completions with.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "model" / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        stated = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        return tuple(int(id_) for id_ in ids)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r})") from error

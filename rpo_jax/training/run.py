@@ -28,6 +28,8 @@ _FREE = (
     "log.",
     "checkpoint.save_every_steps",
     "checkpoint.keep",
+    "checkpoint.best",
+    "exam",
     "mesh.",
     "model.attention",
     "model.remat",

@@ -8,6 +8,7 @@ EXAM = Exam(
     title="The fictional world's exam",
     source="the world that a run with data.source=fictional writes (its folder exam)",
     years=(SPLIT_YEARS["test"],),
+    dev_years=(SPLIT_YEARS["dev"],),
     required_sections="BE",
     shots=0,
     prohibited_from=4,

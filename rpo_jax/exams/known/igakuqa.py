@@ -18,6 +18,7 @@ EXAM = Exam(
     title="IgakuQA",
     source="github.com/jungokasai/IgakuQA (its folder data)",
     years=_YEARS,
+    dev_years=_YEARS[:-1],
     directory_variable="IGAKUQA_DIR",
     always_right=frozenset({"116A71"}),
     required_sections="BE",
