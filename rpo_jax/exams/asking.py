@@ -294,8 +294,9 @@ def _append(path: Path, response: Response) -> None:
 
 def _cut_torn_line(path: Path) -> None:
     """Takes off what a kill left of a last line, so that the next one begins anew."""
-    if path.exists():
-        os.truncate(path, _whole(path.read_bytes()))
+    content = path.read_bytes() if path.exists() else b""
+    if _whole(content) < len(content):
+        os.truncate(path, _whole(content))
 
 
 def _whole(content: bytes) -> int:
