@@ -35,7 +35,7 @@ TOKENIZER = Tokenizer(
     content=b"",
     file_name="",
     control={},
-    _encode=lambda text: [ord(letter) - ord("!") for letter in text],
+    _encode=lambda texts: [[ord(letter) - ord("!") for letter in text] for text in texts],
     _decode=_spell,
 )
 
