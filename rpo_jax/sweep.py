@@ -177,7 +177,8 @@ def train_together(configs: Sequence[Config]) -> None:
         references = find_references(
             work, config.folder, [records, heldout], done, origin, lambda: origin
         )
-        for own in configs[1:]:  # new adapters change nothing, and kept ones are the same for all
+        # New adapters change nothing, and kept ones are the same for all: so is the reference.
+        for own in configs[1:] if config.rpo.has_reference else []:
             shutil.copyfile(config.folder / REFERENCE_NOTE, own.folder / REFERENCE_NOTE)
         weights = abstract_weights(work.network, work.mesh)
         evaluate = make_evaluate(work, weights, heldout, references[1])

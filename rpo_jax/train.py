@@ -174,7 +174,7 @@ def summarise(
             f"{folder}/metrics.jsonl: the held-out measures of step 0 or {config.train.steps} are "
             "lost; `rpo_jax.evaluate` measures the checkpoint again"
         )
-    checkpoints = folder / "checkpoints"
+    checkpoints = find_checkpoints(epath.Path(folder))
     summary: dict[str, Any] = {
         "name": config.name,
         "stage": config.stage,

@@ -65,6 +65,9 @@ class Program:
     kernels: list[Kernel] = field(default_factory=list)
 
 
+_NO_ESTIMATE = 2**63 - 1
+
+
 @dataclass(frozen=True)
 class _Op:
     name: str
@@ -168,7 +171,8 @@ def _cycles(op: _Op, trips: dict[str, int], count: Callable[[str], int]) -> int:
     if op.code == "conditional":
         return max(map(count, _branches(op)))
     estimate = op.find(r'"estimated_cycles":"(\d+)"')
-    return int(estimate) if estimate else 0
+    # The compiler writes its largest number where it has no estimate.
+    return int(estimate) if estimate and int(estimate) < _NO_ESTIMATE else 0
 
 
 def _branches(op: _Op) -> list[str]:

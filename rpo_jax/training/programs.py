@@ -125,7 +125,9 @@ def _decode(work: Workload) -> Job:
     config, mesh = work.config, work.mesh
     dtype = config.model.compute_dtype
     network = replace(work.network.base, param_dtype=dtype, compute_dtype=dtype)
-    model = Model(network, config.model.used_vocab_size or network.shape.vocab_size, (0,), 32)
+    model = Model(
+        network, config.model.used_vocab_size or network.shape.vocab_size, (0,), 32, head_rows=0
+    )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     slots = -(-SLOTS // shards) * shards
     written = config.data.response_length

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from rpo_jax.config import Config, to_dict
 from rpo_jax.errors import Stopped, UserError
 from rpo_jax.model.qwen2 import Params
+from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.loop import catch_signals, heldout_names
@@ -61,6 +62,13 @@ def check_together(configs: Sequence[Config]) -> None:
         raise UserError(
             f"--together: lora.dropout={first.lora.dropout}: its draws are built into a program by "
             "seed; 0 is wanted"
+        )
+    if first.rpo.reference != "stored":
+        raise UserError(f"--together: rpo.reference={first.rpo.reference!r}: 'stored' is wanted")
+    if first.exam.name:
+        raise UserError(
+            f"--together: exam.name={first.exam.name!r}: policies of one program take no exam "
+            "while they train; let each take it afterwards, by `rpo_jax.evaluate`"
         )
     if first.data.row_sizes > 1:
         raise UserError(
@@ -147,6 +155,7 @@ def make_steps(
         in_shardings=(places, frozen_places(work), everywhere, rows),
         out_shardings=(places, everywhere),
         donate_argnums=0,
+        compiler_options=compiler_options(work.mesh),
     )
 
 
