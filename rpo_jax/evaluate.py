@@ -20,6 +20,7 @@ Flags can come from a file, one a line: `python -m rpo_jax.evaluate @configs/<na
 """
 
 import argparse
+import logging
 import sys
 from dataclasses import replace
 from json import dumps
@@ -55,7 +56,12 @@ from rpo_jax.prepare import prepare
 from rpo_jax.train import build
 from rpo_jax.training.evaluation import find_references, make_evaluate, measure_divergence
 from rpo_jax.training.origin import first_trained, load_params, load_run
-from rpo_jax.training.run import check_same_run, check_vocabulary, write_json
+from rpo_jax.training.run import (
+    check_same_run,
+    check_vocabulary,
+    read_fingerprints,
+    write_json,
+)
 from rpo_jax.training.state import abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload, make_workload
 
@@ -108,12 +114,18 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
     config = work.config
     if merged and not config.lora.rank:
         raise UserError(f"--merged: {config.folder} has no adapters")
-    free = ("workdir", "data.", "train.", "exam", "mesh.", "log.", "checkpoint.")
-    check_same_run(config, free)
+    free = ("workdir", "data.", "train.", "optim.", "exam", "mesh.", "log.", "checkpoint.")
+    check_same_run(config, (*free, "tokenizer.train_vocab_size"))
     tokenizer = read_tokenizer(config.folder / "model", config.tokenizer.end_of_text)
     check_vocabulary(config, tokenizer, work.network.shape)
     prepared = prepare(config, tokenizer)
     heldout = open_records(prepared.heldout)
+    if heldout.fingerprint != read_fingerprints(config.folder).get("the held-out data"):
+        logging.warning(
+            "%s: measured on %s, which is not the held-out data of the run itself",
+            config.folder,
+            heldout.directory,
+        )
     general = open_records(prepared.general) if prepared.general else None
     # A merged model has no adapters to leave away: what both are compared with is stored.
     config = replace(config, rpo=replace(config.rpo, reference="stored"))
@@ -129,7 +141,12 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
 
         (reference,) = find_references(work, config.folder, [heldout], step, params, first)
         means = make_evaluate(work, abstract, heldout, reference, general)(params)
-        result = {"run": str(config.folder), "step": step, "heldout": means}
+        result = {
+            "run": str(config.folder),
+            "step": step,
+            "data": heldout.fingerprint,
+            "heldout": means,
+        }
         if merged:
             plain = abstract_weights(work.network.base, work.mesh)
             _, whole = load_params(config.folder, plain, step)

@@ -128,7 +128,8 @@ def train(work: Workload) -> dict[str, Any]:
             state = start_from(first(), tx, abstract)
             logging.info("starting from %s", config.init_from or "random weights")
         else:
-            logging.info("%s: going on from step %d", folder, state.step)
+            word = "finished" if int(state.step) == config.train.steps else "going on"
+            logging.info("%s: %s, at step %d", folder, word, state.step)
         done = int(state.step)
         params = join_params(state.params, frozen)
         references = find_references(
