@@ -53,10 +53,9 @@ POLICIES = (  # alpha, beta, learning rate
 STEPS = 10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "mesh",
-    [Mesh(data=1), pytest.param(MESHES["data2-fsdp2-tensor2"], marks=pytest.mark.full)],
-    ids=["one", "eight"],
+    "mesh", [Mesh(data=1), MESHES["data2-fsdp2-tensor2"]], ids=["one", "eight"]
 )
 def test_policies_together_take_the_steps_that_each_takes_alone(mesh):
     """Other weights, losses, batches and optimizers; ten steps of one program and of three."""
