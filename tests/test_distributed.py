@@ -46,6 +46,7 @@ def succeed(processes):
     return said
 
 
+@pytest.mark.full
 def test_two_processes_give_the_losses_of_one(workdir, tmp_path):
     said = succeed(start(2, train(*base_overrides(tmp_path))))
     folder = tmp_path / "fictional-base"

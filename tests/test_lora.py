@@ -71,7 +71,7 @@ def hidden(network, params, **more):
     return jax.jit(partial(forward, network))(params, *ids, **more)
 
 
-@pytest.mark.parametrize("init", ["b_zero", "a_zero"])
+@pytest.mark.parametrize("init", ["b_zero", pytest.param("a_zero", marks=pytest.mark.full)])
 def test_adapters_begin_as_no_change_and_can_learn(init):
     network = dataclasses.replace(SMALL, lora=dataclasses.replace(LORA, init=init))
     params = init_params(network, jax.random.key(0))
@@ -167,7 +167,8 @@ def test_tiles_of_the_72b_divide_over_four_and_eight_chips():
     assert packed.scale.shape == (2, 128, 64, 128)
 
 
-@pytest.mark.parametrize("quantize", [pytest.param("", marks=pytest.mark.full), "nf4"])
+@pytest.mark.full
+@pytest.mark.parametrize("quantize", ["", "nf4"])
 def test_any_mesh_and_micro_batch_gives_the_same_gradients(quantize):
     """With dropout too: a row's mask is its own."""
     lora = dataclasses.replace(LORA, dropout=0.2)
@@ -264,7 +265,8 @@ def test_a_merge_is_computed_in_float32():
     np.testing.assert_array_equal(result, jnp.bfloat16(1.01))
 
 
-@pytest.mark.parametrize("quantize", [pytest.param("", marks=pytest.mark.full), "nf4"])
+@pytest.mark.full
+@pytest.mark.parametrize("quantize", ["", "nf4"])
 def test_cached_decoding_knows_adapters_and_quantised_kernels(quantize):
     network = dataclasses.replace(SMALL, quantize=quantize)
     params = perturbed(network)

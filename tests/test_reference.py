@@ -52,7 +52,7 @@ def stored(records, tmp_path):
     return find(records, tmp_path / "run")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_a_sound_reference_passes_on_another_mesh_too(records, tmp_path, dtype, caplog):
     for path in records.directory.glob("reference-*.npy"):
         path.unlink()
