@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stage = "cpt"
     config.name = "igakuqa-cpt"
     config.model.shape = "laptop-qwen-vocab"
-    config.tokenizer.path = os.environ.get("QWEN_TOKENIZER", "set QWEN_TOKENIZER")
+    config.tokenizer.path = os.environ.get("QWEN_TOKENIZER") or "$QWEN_TOKENIZER"
 
     config.data.source = "igakuqa"
     config.data.row_length = 256

@@ -1,29 +1,42 @@
 """How every command starts: one config file, dotted overrides, errors a person can read."""
 
+import argparse
 import contextlib
 import difflib
 import itertools
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rpo_jax.config import Config, describe, field_names, resolve
+from rpo_jax.config import Config, describe, explain, field_names, resolve
 from rpo_jax.errors import Stopped, UserError
 from rpo_jax.fields import suggestion
+
+# What the libraries say of a value of the wrong type, and what is said here.
+_TYPES = {
+    r"invalid literal for int.*": "a whole number is wanted",
+    r"could not convert string to float.*": "a number is wanted",
+    r"\(?'?Non-boolean argument.*": "True or False is wanted",
+    r"invalid int value: (.*)": r"a whole number is wanted, not \1",
+    r"invalid float value: (.*)": r"a number is wanted, not \1",
+}
 
 
 def run(
     command: Callable[..., Any],
     argv: list[str] | None = None,
     options: Mapping[str, str] | None = None,
+    examples: Sequence[str] = (),
     **switches: str,
 ) -> None:
     """Parses the command line, calls `command(config, **switches)` and exits.
@@ -32,10 +45,12 @@ def run(
         command: what to do; its docstring heads `--help`.
         argv: the command line; by default this process's.
         options: flags that take text (empty by default) with their help, passed on as keywords.
+        examples: of what follows the command's name, for `--help`.
         **switches: boolean flags (off by default) with their help, passed on as keywords.
     """
     with exit_on_error():
-        config, values = parse(command, sys.argv if argv is None else argv, switches, options or {})
+        argv = sys.argv if argv is None else argv
+        config, values = parse(command, argv, switches, options or {}, examples)
         command(config, **values)
 
 
@@ -71,6 +86,7 @@ def parse(
     argv: list[str],
     switches: Mapping[str, str],
     options: Mapping[str, str],
+    examples: Sequence[str] = (),
 ) -> tuple[Config, dict[str, Any]]:
     """The typed config, and the switches and options of a command line.
 
@@ -79,9 +95,14 @@ def parse(
             or fails, or whatever `config.resolve` finds.
         SystemExit: after `--help`.
     """
-    if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-        print(_help(command, switches, options))
-        sys.exit(0)
+    for arg in argv[1:]:
+        flag, _, about = arg.partition("=")
+        if flag in ("-h", "--help", "-help"):
+            about = about.removeprefix("--config.")
+            if about and about not in field_names():
+                raise UserError(f"{arg}: there is no such field{_nearest_field(about, '--help=')}")
+            print(explain(about) if about else _help(command, switches, options, examples))
+            sys.exit(0)
     _check_flags(argv[1:], {**switches, **options})
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
@@ -94,13 +115,13 @@ def parse(
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise UserError(str(error)) from error
+        raise UserError(_say_plainly(str(error).removeprefix("flag "))) from error
     except (
         Exception
     ) as error:  # the config file is the user's program: whatever it raises is theirs
         raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.field=value")
+        raise UserError(_explain_stray(rest[1]))
     if holder.value is None:
         raise UserError("--config=configs/<name>.py is wanted; --help tells more")
     if not isinstance(holder.value, ConfigDict):
@@ -108,6 +129,50 @@ def parse(
             "--config: get_config() must return the ConfigDict of rpo_jax.config.defaults()"
         )
     return resolve(holder.value), {name: getattr(values, name) for name in (*switches, *options)}
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of a command without a config: its errors are those of the others."""
+
+    def __init__(self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **more: Any):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **more)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Before anything is found missing, a misspelt flag is told; `--config.` ones are not ours.
+
+        Raises:
+            UserError: names the flag, and the nearest right one.
+        """
+        given = sys.argv[1:] if args is None else list(args)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for arg in [] if self._subparsers else itertools.takewhile(lambda arg: arg != "--", given):
+            ours = arg.partition("=")[0] in known or arg.startswith("--config.")
+            if arg.startswith("--") and not ours:
+                names = [flag.removeprefix("--") for flag in known if flag.startswith("--")]
+                raise UserError(_explain_flag(arg, names))
+        return super().parse_known_args(given, namespace)
+
+    def parse_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The flags, and the overrides of config fields beside them.
+
+        Raises:
+            UserError: there is something else.
+        """
+        args, rest = self.parse_known_args(argv)
+        for arg in rest:
+            if not arg.startswith("--config."):
+                raise UserError(_explain_stray(arg))
+        return args, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the message as a `UserError`, in plain words."""
+        message = _say_plainly(message.removeprefix("argument "))
+        if stray := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            raise UserError(_explain_stray(stray[1]))
+        if wrong := re.fullmatch(r"(.*): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[^\s,']+", wrong[3])
+            raise UserError(f"{wrong[1]}: {wrong[2]!r} is none{suggestion(wrong[2], choices)}")
+        raise UserError(f"{message}; --help tells more")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -148,13 +213,46 @@ def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:
         if name.startswith("config."):
             field = name.removeprefix("config.")
             if field not in fields:
-                close = difflib.get_close_matches(field, fields, n=1)
-                hint = f"; did you mean --config.{close[0]}?" if close else "; --help lists them"
-                raise UserError(f"--config.{field}: there is no such field{hint}")
+                raise UserError(f"--config.{field}: there is no such field{_nearest_field(field)}")
         elif name not in ("config", *switches) and name.removeprefix("no") not in switches:
-            raise UserError(
-                f"{arg}: there is no such flag{suggestion(name, ['config', *switches])}"
-            )
+            raise UserError(_explain_flag(arg, ["config", *switches]))
+
+
+def _explain_flag(arg: str, known: Sequence[str]) -> str:
+    """What to say of a flag that there is not: the field, or the flag, that may be meant."""
+    flag, _, value = arg.partition("=")
+    name = flag.lstrip("-")
+    if name in field_names():
+        return f"{flag}: there is no such flag; did you mean --config.{name}={value or 'VALUE'}?"
+    flags_ = [f"--{flag}" for flag in known]
+    return f"{flag}: there is no such flag{suggestion(f'--{name}', flags_)}"
+
+
+def _explain_stray(arg: str) -> str:
+    """What to say of an argument that stands there without a flag."""
+    name, equals, _ = arg.partition("=")
+    if arg.partition(":")[0].endswith(".py"):
+        hint = f"did you mean --config={arg}?"
+    elif equals and name.removeprefix("config.") in field_names():
+        hint = f"did you mean --config.{arg.removeprefix('config.')}?"
+    else:
+        hint = "overrides are --config.field=value; --help tells more"
+    return f"unexpected argument {arg!r}; {hint}"
+
+
+def _nearest_field(name: str, before: str = "--config.") -> str:
+    """Ends an error: the field that may be meant, and how it is given."""
+    known = field_names()
+    ends = [field for field in known if field.endswith(f".{name}")]
+    close = ends or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {before}{close[0]}?" if close else "; --help lists them"
+
+
+def _say_plainly(message: str) -> str:
+    """A library's complaint about the type of a value, in our words."""
+    for theirs, ours in _TYPES.items():
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def _where(error: BaseException) -> str:
@@ -178,17 +276,30 @@ def _explain(error: BaseException) -> str:
 
 
 def _help(
-    command: Callable[..., Any], switches: Mapping[str, str], options: Mapping[str, str]
+    command: Callable[..., Any],
+    switches: Mapping[str, str],
+    options: Mapping[str, str],
+    examples: Sequence[str],
 ) -> str:
     module = command.__module__ if command.__module__ != "__main__" else _main_module()
+    call = f"python -m {module}"
+    flags_ = {f"--{name}": text for name, text in switches.items()}
+    flags_ |= {f"--{name}=...": text for name, text in options.items()}
     lines = [
+        f"usage: {call} --config configs/<name>.py [--config.FIELD=VALUE ...]",
+        "",
         (command.__doc__ or "").strip().split("\n\n")[0],
         "",
-        f"usage: python -m {module} --config=configs/<name>.py [--config.field=value ...]",
-        *(f"  --{name}\n      {text}" for name, text in switches.items()),
-        *(f"  --{name}=...\n      {text}" for name, text in options.items()),
+        *(f"  {call} {example}" for example in examples),
+        *(["", "flags:"] if flags_ else []),
+        *(
+            textwrap.fill(f"  {flag:<20}  {text}", 100, subsequent_indent=" " * 24)
+            for flag, text in flags_.items()
+        ),
         "",
-        "Fields (default) [choices]; lists are written '(1, 2)':",
+        "fields, with their defaults, as in --config.train.steps=100; lists are written '(1, 2)';",
+        "--help=train tells all of a section, --help=train.steps of a field:",
+        "",
         describe(),
     ]
     return "\n".join(lines)

@@ -575,10 +575,15 @@ class Config:
 
     @property
     def origin_hint(self) -> str:
-        """For a message that `origin` lacks something: the folder that may be meant instead."""
-        if "/" in self.init_from or not Path(self.init_from).is_dir():
+        """For a message that `origin` lacks something: what may be meant instead."""
+        if "/" in self.init_from:
             return ""
-        return f"; a bare name is a run in {self.workdir}: for the folder here, ./{self.init_from}"
+        if Path(self.init_from).is_dir():
+            return (
+                f"; a bare name is a run in {self.workdir}: for the folder here, ./{self.init_from}"
+            )
+        found = sorted(path.parts[-3] for path in Path(self.workdir).glob("*/model/config.json"))
+        return f"; {self.workdir} holds {', '.join(found) or 'no runs'}"
 
 
 def defaults() -> ConfigDict:
@@ -622,7 +627,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.optim.warmup_steps >= train.steps:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of "
-            f"train.steps={train.steps}"
+            f"train.steps={train.steps}: the learning rate would never arrive; set fewer steps of "
+            "warm-up, or train for more"
         )
     if data.source == "files":
         if not data.train:
@@ -719,8 +725,13 @@ def _corpus_contradictions(data: Data) -> Iterator[str]:
 
 
 def describe() -> str:
-    """One line for each field: dotted name, default, meaning. For `--help`."""
+    """Every field, a line each, by section. For `--help`."""
     return "\n".join(fields.describe(Config))
+
+
+def explain(name: str) -> str:
+    """A field, or the fields of a section, with all that is known of them. For `--help=NAME`."""
+    return "\n".join(fields.explain(Config, name))
 
 
 def field_names() -> list[str]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rpo_jax.cli import exit_on_error
+from rpo_jax.cli import Parser, exit_on_error
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, forward, head_table
@@ -313,18 +313,11 @@ def _parse_positive(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m rpo_jax.convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="import|export|verify|inspect")
 
     def add(name: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., object]:
-        command = commands.add_parser(
-            name, help=run.__doc__, description=run.__doc__, allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         return command.add_argument
 
@@ -377,11 +370,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
-    args = make_parser().parse_args(argv)
     # Files are moved: no accelerator is taken, no other host of a pod waited for, and what verify
     # computes is float32 throughout.
     jax.config.update("jax_platforms", "cpu")
     with exit_on_error():
+        args = make_parser().parse_args(argv)
         args.run(args)
 
 

@@ -72,6 +72,10 @@ def main(argv: list[str]) -> None:
         cli.run(
             measure_run,
             ["evaluate", *argv],
+            examples=(
+                "--config configs/fictional_base.py",
+                "--config configs/fictional_base.py --json",
+            ),
             json="print one line of JSON, and no table",
             merged="of a run of adapters: measure the merged model too, and how far it is from the "
             "trained one",
@@ -223,12 +227,8 @@ def _make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
+    parser = cli.Parser(
+        prog="python -m rpo_jax.evaluate", description=__doc__, fromfile_prefix_chars="@"
     )
     what = parser.add_argument_group("what is measured (one of these)")
     what.add_argument("--config", metavar="FILE.py", help="a run, on held-out data")

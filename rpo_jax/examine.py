@@ -40,7 +40,7 @@ from rpo_jax.generation.batching import make_generate
 from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.training.checkpoint import name_score
 from rpo_jax.training.loop import Look
-from rpo_jax.training.opening import Opened, open_model, read_end_ids
+from rpo_jax.training.opening import Opened, find_model, open_model, read_end_ids
 from rpo_jax.training.run import read_fingerprints, write_json
 from rpo_jax.training.state import fingerprint_params
 
@@ -127,6 +127,7 @@ def take_exam(folder: Path, plan: Plan, share: Share | None = None) -> dict[str,
             f"--seeds {','.join(map(str, plan.seeds))}: at --temperature 0 all seeds answer alike; "
             "give one seed, or a temperature"
         )
+    find_model(folder)  # before the exam is looked for
     run = folder / "run.json"
     config = resolve(json.loads(run.read_text("utf-8"))["config"]) if run.is_file() else None
     paper = lay_out(plan, config)

@@ -6,6 +6,7 @@ A section is a frozen dataclass whose fields are made by `option` or `required`,
 import dataclasses
 import difflib
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -141,15 +142,46 @@ def _limit(value: Any, limits: Mapping[str, Any]) -> str:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[str]:
-    """Two lines a field: its dotted name as a flag, default and choices; its meaning."""
+    """A line a field (name=default [choices] meaning, cut where it is too long), by section."""
+    if prefix:
+        yield from ("", _cut(f"{prefix[:-1]}: {(cls.__doc__ or '').splitlines()[0]}"))
+    for field, kind in _fields(cls):
+        if not dataclasses.is_dataclass(kind):
+            choices = field.metadata["choices"]
+            allowed = f"[{'|'.join(choice or repr('') for choice in choices)}] " if choices else ""
+            head = f"  {prefix}{field.name}={_tell_default(field)}"
+            yield _cut(f"{head:<36}  {allowed}{field.metadata['doc']}")
     for field, kind in _fields(cls):
         if dataclasses.is_dataclass(kind):
             yield from describe(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-            continue
-        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
-        choices = field.metadata["choices"]
-        allowed = f" [{' | '.join(choices)}]" if choices else ""
-        yield f"  --config.{prefix}{field.name} ({default}){allowed}\n      {field.metadata['doc']}"
+
+
+def explain(cls: type, wanted: str, prefix: str = "") -> Iterator[str]:
+    """All that is known of a field, or of each field of a section; `wanted` is its dotted name."""
+    for field, kind in _fields(cls):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(kind):
+            yield from explain(kind, wanted, f"{name}.")  # type: ignore[arg-type]
+        elif f"{name}.".startswith(f"{wanted}."):
+            yield f"--config.{name}={_tell_default(field)}"
+            yield textwrap.indent(textwrap.fill(field.metadata["doc"], 96), "    ")
+            yield from (f"    {limit}" for limit in _tell_limits(field.metadata))
+
+
+def _tell_default(field: dataclasses.Field[Any]) -> str:
+    return "(required)" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def _tell_limits(metadata: Mapping[str, Any]) -> Iterator[str]:
+    if metadata["choices"]:
+        yield f"one of {', '.join(map(repr, metadata['choices']))}"
+    for name in ("above", "at_least", "below", "at_most"):
+        if metadata[name] is not None:
+            yield f"{name.replace('_', ' ')} {metadata[name]}"
+
+
+def _cut(line: str, width: int = 100) -> str:
+    return line if len(line) <= width else f"{line[: width - 4].rsplit(' ', 1)[0]} ..."
 
 
 def names(cls: type, prefix: str = "") -> Iterator[str]:

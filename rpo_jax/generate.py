@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from rpo_jax.cli import exit_on_error
+from rpo_jax.cli import Parser, exit_on_error
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.files import digest_files, read_objects, take_string
 from rpo_jax.data.tokenizer import Tokenizer
@@ -130,12 +130,7 @@ def _to_line(completion: Completion) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m rpo_jax.generate", description=__doc__)
     defaults = Settings()
     add = parser.add_argument
     add("--checkpoint", required=True, help="a model folder: a run, or what `convert import` made")
@@ -195,9 +190,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and answers."""
-    args = make_parser().parse_args(argv)
     with exit_on_error():
-        run(args)
+        run(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

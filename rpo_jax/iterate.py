@@ -89,4 +89,10 @@ def format_rounds(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "--config configs/fictional_rounds.py",
+            "--config configs/fictional_rounds.py --config.rounds.count=3",
+        ),
+    )

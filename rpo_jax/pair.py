@@ -240,4 +240,10 @@ def _tell(ledgers: Mapping[str, Ledger]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "--config configs/fictional_pairs.py",
+            "--config configs/fictional_pairs.py --config.data.pair.strategy=right_over_wrong",
+        ),
+    )

@@ -144,6 +144,11 @@ def _table(lines: dict[str, str]) -> str:
 if __name__ == "__main__":
     cli.run(
         main,
+        examples=(
+            "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4",
+            "--config configs/qwen25_72b_rpo.py --topology v6e:8x8,2*v6e:16x16 --tokens 2e9",
+            "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4 --search",
+        ),
         search="try meshes, micro-batches and remat policies, and rank what fits",
         options={
             "topology": "slices to compile for, with commas between: v6e:8x8, 2*v6e:16x16",

@@ -142,8 +142,15 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises:
         UserError: it is not there, not a tokenizer, or the text is too small to train one.
     """
-    if config.tokenizer.path:
-        return read_tokenizer(config.tokenizer.path, config.tokenizer.end_of_text)
+    if path := config.tokenizer.path:
+        if path.startswith("$"):
+            raise UserError(
+                f"tokenizer.path={path}: the environment variable {path[1:]} is not set; set it, "
+                "or --config.tokenizer.path, to a tokenizer.json or a SentencePiece .model"
+            )
+        if not Path(path).exists():
+            raise UserError(f"tokenizer.path={path}: no such tokenizer file or folder")
+        return read_tokenizer(path, config.tokenizer.end_of_text)
     if config.origin is None:
         return _train_tokenizer(config)
     folder = config.origin / "model"
@@ -267,6 +274,10 @@ def _train_tokenizer(config: Config) -> Tokenizer:
 if __name__ == "__main__":
     cli.run(
         main,
+        examples=(
+            "--config configs/fictional_cpt.py",
+            "--config configs/fictional_cpt.py --inspect=train:0,17",
+        ),
         options={
             "beam": "make text records with Apache Beam (extra `beam`), with these options of its: "
             "'--runner=DirectRunner'",

@@ -237,5 +237,10 @@ def _check_source(config: Config) -> None:
 
 if __name__ == "__main__":
     cli.run(
-        main, options={"share": "part of the work that this host does: 0/4, 1/4, ...; default: all"}
+        main,
+        options={"share": "part of the work that this host does: 0/4, 1/4, ...; default: all"},
+        examples=(
+            "--config configs/fictional_pairs.py",
+            "--config configs/fictional_pairs.py --config.data.sample.answers=16",
+        ),
     )

@@ -237,11 +237,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m rpo_jax.sweep",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="--config.field=value overrides a field in every point",
     )
     parser.add_argument("--config", required=True, metavar="FILE.py", help="with a sweep()")
@@ -250,11 +248,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     how.add_argument(
         "--print", action="store_true", help="the commands of unfinished points, for pods"
     )
-    args, rest = parser.parse_known_args(argv)
-    for arg in rest:
-        if not arg.startswith("--config."):
-            raise UserError(f"{arg}: there is no such flag; overrides are --config.field=value")
-    return args, rest
+    return parser.parse_overrides(argv)
 
 
 if __name__ == "__main__":

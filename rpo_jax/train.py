@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from rpo_jax.data.records import Records, open_records
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.examine import make_dev_looks
+from rpo_jax.inputs import format_inputs, list_inputs
 from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
 from rpo_jax.sharding.mesh import make_mesh
@@ -27,6 +29,7 @@ from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import first_trained, load_frozen
 from rpo_jax.training.run import (
+    check_folder,
     check_vocabulary,
     find_shape,
     log_to_file,
@@ -56,10 +59,26 @@ def main(
 ) -> None:
     """Trains one run, CPT or RPO as the config says; run again, it goes on where it stopped."""
     with joined(config, read_cluster(processes, coordinator, process, timeout_s)):
-        work = build(config)
-        told = describe_run(work) if dry_run else format_summary(train(work))
-        if jax.process_index() == 0:
-            print(told)
+        told = tell_plan(config) if dry_run else [format_summary(train(build(config)))]
+        for part in told:
+            if jax.process_index() == 0:
+                print(part)
+
+
+def tell_plan(config: Config) -> Iterator[str]:
+    """What a run reads, and what it would do; nothing is made.
+
+    Raises:
+        UserError: after that, if something that it reads is missing.
+    """
+    check_folder(config)
+    inputs = list_inputs(config)
+    missing = [name for name, found in inputs.items() if isinstance(found, UserError)]
+    yield f"{format_inputs(inputs)}\n"
+    if "init_from" not in missing:  # the shape comes from there
+        yield describe_run(build(config))
+    if missing:
+        raise UserError(f"the run cannot start yet, see MISSING above: {', '.join(missing)}")
 
 
 def build(config: Config) -> Workload:
@@ -86,6 +105,7 @@ def open_inputs(work: Workload) -> Inputs:
     Raises:
         UserError: they do not fit the network, or the run that is there is another one.
     """
+    check_folder(work.config)  # before anything is made
     tokenizer = in_turn(lambda: load_tokenizer(work.config))
     check_vocabulary(work.config, tokenizer, work.network.shape)
     exams = make_dev_looks(work.config, work.network, work.mesh, tokenizer)
@@ -231,4 +251,13 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, options=OPTIONS, dry_run="print the plan of the run and stop")
+    cli.run(
+        main,
+        options=OPTIONS,
+        examples=(
+            "--config configs/fictional_base.py",
+            "--config configs/fictional_base.py --config.name=longer --config.train.steps=1000",
+            "--config configs/igakuqa_cpt.py --dry_run",
+        ),
+        dry_run="tell what the run would read, take and make, and stop",
+    )

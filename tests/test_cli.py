@@ -63,12 +63,22 @@ def test_overrides_and_switches_arrive(path):
             ["--config.rpo.aplha=1"],
             "--config.rpo.aplha: there is no such field; did you mean --config.rpo.alpha?",
         ),
-        (["--config.rpo.alpha=abc"], "--config.rpo.alpha=abc: could not convert string to float"),
-        (["--config.train.steps=1.5"], "--config.train.steps=1.5"),
+        (["--config.steps=1"], "--config.steps: there is no such field; did you mean --config.tra"),
+        (["--config.rpo.alpha=abc"], "--config.rpo.alpha=abc: a number is wanted"),
+        (["--config.train.steps=1.5"], "--config.train.steps=1.5: a whole number is wanted"),
+        (["--config.rpo.share_prefix=x"], "share_prefix=x: True or False is wanted"),
         (["--config.rpo.alpha=-1"], "rpo.alpha=-1.0: must be at least 0.0"),
         (["--config.train=3"], "--config.train=3"),
-        (["--dryrun"], "--dryrun: there is no such flag, did you mean dry_run?"),
-        (["alpha=3"], "unexpected argument 'alpha=3'"),
+        (["--dry-run"], "--dry-run: there is no such flag, did you mean --dry_run?"),
+        (["--dry_run=x"], "--dry_run=x: True or False is wanted"),
+        (["--rpo.alpha=3"], "--rpo.alpha: there is no such flag; did you mean --config.rpo.alpha="),
+        (["rpo.alpha=3"], "unexpected argument 'rpo.alpha=3'; did you mean --config.rpo.alpha=3?"),
+        (["alpha"], "unexpected argument 'alpha'; overrides are --config.field=value"),
+        (["b.py:x"], "unexpected argument 'b.py:x'; did you mean --config=b.py:x?"),
+        (
+            ["--help=rpo.alpa"],
+            "--help=rpo.alpa: there is no such field; did you mean --help=",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -90,14 +100,70 @@ def test_bad_config_files_end_with_one_message(path, tmp_path, capsys):
     assert "SyntaxError" in refuse(capsys, f"--config={path}")
 
 
-def test_help_tells_usage_and_fields(capsys):
+def ask(capsys, flag):
+    """What `--help` says."""
     with pytest.raises(SystemExit) as stop:
-        call("--help")
+        cli.run(command, ["prog", flag], examples=["--config a.py"], dry_run="only say it")
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith("Does a thing.")
-    assert "--dry_run\n      only say it" in text
-    assert "--config.rpo.alpha (1.0)" in text
+    return capsys.readouterr().out
+
+
+def test_help_tells_usage_examples_and_every_field_in_a_line(capsys):
+    text = ask(capsys, "--help")
+    assert text.startswith(f"usage: python -m {__name__} --config configs/<name>.py")
+    assert f"\n\nDoes a thing.\n\n  python -m {__name__} --config a.py\n" in text
+    assert "\n  --dry_run             only say it\n" in text
+    assert "\nrpo: Reasoning Preference Optimization" in text
+    assert "\n  optim.schedule='cosine'             [constant|cosine] after the warm-up\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_of_a_section_or_field_tells_all_of_it(capsys):
+    text = ask(capsys, "--help=rpo.label_smoothing")
+    assert text.splitlines() == [
+        "--config.rpo.label_smoothing=0.0",
+        "    dpo: probability that a preference is the wrong way round",
+        "    at least 0.0",
+        "    below 0.5",
+    ]
+    section = ask(capsys, "--help=rpo")
+    assert text in section and "    one of 'dpo', 'ipo', 'simpo', 'orpo', 'none'\n" in section
+    assert "lora" not in section
+    assert " ".join(ask(capsys, "--help=init_from").split()).endswith("folder; empty: random")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sloots=3"], "--sloots: there is no such flag, did you mean --slots?"),
+        (
+            ["--checkpoint", "a", "--slots", "x"],
+            "--slots: a whole number is wanted, not 'x'; --help tells more",
+        ),
+        (["--checkpoint", "a", "--kind", "rad"], "--kind: 'rad' is none, did you mean red?"),
+        (["--checkpoint", "a", "b.py"], "unexpected argument 'b.py'; did you mean --config=b.py?"),
+        ([], "the following arguments are required: --checkpoint; --help tells more"),
+    ],
+    ids=str,
+)
+def test_commands_without_a_config_err_alike(args, message, capsys):
+    parser = cli.Parser(prog="prog")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--kind", choices=("red", "blue"))
+    with pytest.raises(SystemExit) as stop, cli.exit_on_error():
+        parser.parse_args(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_overrides_stand_beside_flags():
+    parser = cli.Parser(prog="prog")
+    parser.add_argument("--together", action="store_true")
+    args, overrides = parser.parse_overrides(["--together", "--config.seed=1"])
+    assert args.together and overrides == ["--config.seed=1"]
+    with pytest.raises(UserError, match=r"'seed=1'; did you mean --config.seed=1\?"):
+        parser.parse_overrides(["seed=1"])
 
 
 def test_interrupt_and_bugs_are_told_apart(path, capsys):

@@ -185,6 +185,7 @@ def test_what_contradicts_itself_is_refused(capsys, tmp_path, model, exam_dir):
     assert "wants 3 devices" in refuse(capsys, *given, "--mesh", "data=3,fsdp=1")
     nowhere = ["--checkpoint", str(tmp_path / "nowhere"), *given[2:]]
     assert "config.json is not there" in refuse(capsys, *nowhere)
+    assert "config.json is not there" in refuse(capsys, *nowhere[:2], "--exam", "fictional")
     lost = [*given[:4], "--out", str(tmp_path / "a")]
     assert "where is it? give --exam_dir" in refuse(capsys, *lost)
     both = refuse(capsys, "--score", "x", "--report", "y")

@@ -223,7 +223,43 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in ("parameters", "mesh", "8 rows of 64 = 512 tokens", "steps", "GiB", "planned"):
         assert word in printed
+    assert re.search(r"there +tokenizer +trained on the text, 500 ids", printed)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_dry_run_tells_what_is_there_and_what_is_missing(workdir, tmp_path, files, capsys):
+    train_file, heldout = files
+    arguments = file_overrides(workdir, tmp_path, train_file, heldout)
+    cli.run(train_main, ["train", f"--config={RPO}", *arguments, "--dry_run"], dry_run="")
+    printed = capsys.readouterr().out
+    assert "MISSING" not in printed and "model FLOPs" in printed
+    assert re.search(rf"there +init_from +{workdir}/fictional-base: 500 ids", printed)
+    heldout.unlink()
+    arguments.append("--config.init_from=fictional-bose")
+    (tmp_path / "runs/one/model").mkdir(parents=True)
+    (tmp_path / "runs/one/model/config.json").touch()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train_main, ["train", f"--config={RPO}", *arguments, "--dry_run"], dry_run="")
+    printed, told = capsys.readouterr()
+    assert stop.value.code == 2
+    assert re.search(rf"there +data.train {train_file} +1 files", printed)
+    assert f"data.heldout: no file matches '{heldout}'" in printed
+    assert "fictional-bose/model/config.json is not there" in printed
+    assert "runs holds one" in printed
+    assert f"see MISSING above: init_from, data.heldout {heldout}" in told
+
+
+def test_dry_run_names_field_and_variable(tmp_path, capsys, monkeypatch):
+    for name in ("IGAKUQA_DIR", "QWEN_TOKENIZER"):
+        monkeypatch.delenv(name, raising=False)
+    config = REPO / "configs/igakuqa_cpt.py"
+    arguments = base_overrides(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.run(train_main, ["train", f"--config={config}", *arguments, "--dry_run"], dry_run="")
+    printed, told = capsys.readouterr()
+    assert "tokenizer.path=$QWEN_TOKENIZER: the environment variable QWEN_TOKENIZER is" in printed
+    assert "set data.igakuqa.directory, or IGAKUQA_DIR" in printed
+    assert "see MISSING above: tokenizer, data.source" in told
 
 
 def test_study_runs_its_stages(tmp_path, capsys):
@@ -334,7 +370,12 @@ def test_a_batch_the_mesh_does_not_divide_is_refused(tmp_path, capsys):
 def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):
     told = refuse(capsys, BASE, base_overrides(workdir, optim__learning_rate=0.5))
     assert "optim.learning_rate: 0.003 -> 0.5" in told
-    assert "choose another --config.name" in told
+    assert "choose another --config.name" in told and "delete" not in told
+    # ... which is told before anything is made
+    made = set((workdir / "data").iterdir())
+    changed = base_overrides(workdir, tokenizer__train_vocab_size=490, optim__b1=0.5)
+    assert "optim.b1: 0.9 -> 0.5" in refuse(capsys, BASE, changed)
+    assert set((workdir / "data").iterdir()) == made
 
 
 def test_a_run_whose_data_changed_is_not_gone_on_with(workdir, tmp_path, files, capsys):

@@ -144,7 +144,7 @@ def _read_questions(config: Config) -> Iterator[tuple[str, Question | str]]:
         yield from _ids(igakuqa.read_questions(find_world(config) / "exam", years))
         return
     if not named and config.data.source == "igakuqa":
-        folder = _exam_folder(config)
+        folder = find_exam_folder(config)
         yield from _ids(igakuqa.read_questions(folder, config.data.igakuqa.heldout_years))
         return
     for name in named or [name for name in list_exams() if _is_at_hand(name)]:
@@ -222,7 +222,7 @@ def _text_of_world(config: Config) -> TextFiles:
 def _tell_exam(config: Config, years: Sequence[int]) -> epath.Path:
     """Questions with their answers, as texts to read."""
     documents = []
-    for question in igakuqa.read_questions(_exam_folder(config), years):
+    for question in igakuqa.read_questions(find_exam_folder(config), years):
         answer = ANSWER_ZERO_SHOT_V1.target(question, question.accepted[0])
         text = ANSWER_ZERO_SHOT_V1.render(question) + answer
         documents.append(Document(question.id, text, question.id))
@@ -246,7 +246,12 @@ def _write_texts(config: Config, name: str, documents: Iterable[Document]) -> ep
     return epath.Path(path)
 
 
-def _exam_folder(config: Config) -> Path:
+def find_exam_folder(config: Config) -> Path:
+    """The copy of the exam that a run trains on.
+
+    Raises:
+        UserError: nothing says where it is.
+    """
     named = config.data.igakuqa.directory or os.environ.get("IGAKUQA_DIR", "")
     if not named:
         raise UserError(
@@ -262,7 +267,7 @@ def read_as_they_are(paths: Sequence[epath.PathLike]) -> PairSource:
 
 
 def _prefer_exam(config: Config, years: Sequence[int]) -> PairSource:
-    folder = _exam_folder(config)
+    folder = find_exam_folder(config)
     questions = igakuqa.read_questions(folder, years)
     folders = [folder / str(year) for year in sorted(set(years))]
     files = [path for year in folders for path in sorted(year.glob("*.jsonl"))]

@@ -11,7 +11,7 @@ from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.tokenizer import Tokenizer, read_tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, Params
-from rpo_jax.model.shape import load_shape
+from rpo_jax.model.shape import ModelShape, load_shape
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
@@ -40,6 +40,21 @@ class Opened:
     end_ids: tuple[int, ...] = ()
 
 
+def find_model(folder: Path) -> ModelShape:
+    """The shape of the model in a folder.
+
+    Raises:
+        UserError: the folder is no model.
+    """
+    path = folder / "model" / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: {path} is not there; the folder of a run, or one made by `rpo_jax.convert "
+            "import`, is wanted"
+        )
+    return load_shape(str(path))
+
+
 def open_model(
     folder: Path, mesh: MeshConfig, dtype: str = "float32", step: int | None = None
 ) -> Opened:
@@ -50,13 +65,7 @@ def open_model(
     Raises:
         UserError: the folder is no model, or its tokenizer does not fit its network.
     """
-    path = folder / "model" / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: {path} is not there; the folder of a run, or one made by `rpo_jax.convert "
-            "import`, is wanted"
-        )
-    network = Network(load_shape(str(path)), param_dtype=dtype, compute_dtype=dtype)
+    network = Network(find_model(folder), param_dtype=dtype, compute_dtype=dtype)
     tokenizer = read_tokenizer(folder / "model")
     if tokenizer.vocab_size > network.shape.vocab_size:
         raise UserError(

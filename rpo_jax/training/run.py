@@ -94,8 +94,26 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer, shape: ModelShape) ->
         )
 
 
+def check_folder(config: Config) -> None:
+    """Refuses to start a run where the folder, or the place of its checkpoints, has another one.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if has_checkpoint(config.folder):
+        check_same_run(config)
+        return
+    place = place_checkpoints(epath.Path(config.folder), config.checkpoint.directory)
+    if has_steps(place):
+        raise UserError(
+            f"checkpoint.directory={config.checkpoint.directory}: {place} holds checkpoints, but "
+            f"{config.folder} is not the run that they are of; restore that, or choose another "
+            "--config.name"
+        )
+
+
 def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict[str, str]) -> Path:
-    """Makes the folder of a run, or checks that the run which is there is the same one.
+    """Makes the folder of a run, or checks that the run which is there was made of the same data.
 
     Writes run.json (the resolved config, the fingerprints of the data and the versions) and model/:
     that of the model the run starts from, unchanged, or a new config.json and the tokenizer. A run
@@ -108,11 +126,10 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
         data: fingerprints of what it reads, by name.
 
     Raises:
-        UserError: the run that is there differs in more than a run may change.
+        UserError: they changed.
     """
     folder = config.folder
     if has_checkpoint(folder):
-        check_same_run(config)
         before = _read_run(folder)["data"]
         changed = [name for name in data if data[name] != before.get(name)]
         if changed:
@@ -121,13 +138,6 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
                 "was made of, or choose another --config.name"
             )
         return folder
-    place = place_checkpoints(epath.Path(folder), config.checkpoint.directory)
-    if has_steps(place):
-        raise UserError(
-            f"checkpoint.directory={config.checkpoint.directory}: {place} holds checkpoints, but "
-            f"{folder} is not the run that they are of; restore that, or choose another "
-            "--config.name"
-        )
     if jax.process_index() == 0:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         if config.origin is None:
@@ -167,8 +177,9 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
     ]
     if changed:
         raise UserError(
-            f"{config.folder} holds a run with another config ({'; '.join(changed)}); choose "
-            "another --config.name, or delete the folder to start afresh"
+            f"{config.folder} holds a run with another config ({'; '.join(changed)}, its own value "
+            "-> the one given); give its own values for that run, or for another run choose "
+            "another --config.name"
         )
 
 
