@@ -55,6 +55,7 @@ from rpo_jax.model.qwen2 import Params
 from rpo_jax.prepare import prepare
 from rpo_jax.train import build
 from rpo_jax.training.evaluation import find_references, make_evaluate, measure_divergence
+from rpo_jax.training.measures import format_measures
 from rpo_jax.training.origin import first_trained, load_params, load_run
 from rpo_jax.training.run import (
     check_same_run,
@@ -164,14 +165,11 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
 
 def format_result(result: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
-    lines = [f"{result['run']}, step {result['step']}, held out:"]
-    if "merged" in result:
-        lines.append(f"  {'':<22}{'trained':>12}{'merged':>12}")
-    for name, value in result["heldout"].items():
-        other = f"{result['merged'][name]:>12.4f}" if "merged" in result else ""
-        lines.append(f"  {name:<22}{value:>12.4f}{other}")
+    columns = {"trained": result["heldout"]}
+    columns |= {"merged": result["merged"]} if "merged" in result else {}
+    lines = [f"{result['run']}, step {result['step']}", "", *format_measures("held out", columns)]
     if "divergence" in result:
-        lines.append(f"  KL(trained || merged) {result['divergence']:.3g} nats/token")
+        lines.append(f"KL(trained || merged) {result['divergence']:.3g} nats/token")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from rpo_jax.pair import make_pairs
 from rpo_jax.sample import describe as describe_answers
 from rpo_jax.sample import draw, gather
 from rpo_jax.train import build, format_summary, train
+from rpo_jax.training.measures import explain_measure
 from rpo_jax.training.run import write_json
 
 
@@ -85,6 +86,12 @@ def format_rounds(results: list[dict[str, Any]]) -> str:
                 f"{before['preference_accuracy']:>13.4f} -> {after['preference_accuracy']:.4f}"
                 f"{before['margin']:>9.3f} -> {after['margin']:.3f}"
             )
+    lines += [
+        "",
+        "right: share of the answers drawn in this round; pairs: made of them, trained on",
+        f"held-out accuracy: {explain_measure('preference_accuracy')}",
+        f"margin: {explain_measure('margin')}; both before -> after the round's training",
+    ]
     return "\n".join(lines)
 
 

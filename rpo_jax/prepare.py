@@ -180,7 +180,7 @@ def describe(records: Records) -> str:
     """What is in a record set, in words."""
     ledger = Ledger.from_dict(records.info["ledger"])
     row_tokens = records.info["row_tokens"]
-    tokens = sum(count for name, count in ledger.totals.items() if name.endswith("tokens"))
+    tokens = ledger.tokens
     lines = [
         str(ledger),
         f"{len(records):,} rows of {row_tokens:,} tokens, {tokens:,} tokens, "

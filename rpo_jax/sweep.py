@@ -38,6 +38,7 @@ from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
 from rpo_jax.training.evaluation import REFERENCE_NOTE, find_references, make_evaluate
 from rpo_jax.training.figures import draw_curves, draw_log_ratios, draw_maps
+from rpo_jax.training.measures import explain_measure
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import first_trained, load_frozen
@@ -228,8 +229,10 @@ def report(folder: Path, points: Sequence[Point]) -> str:
     for key, mean in means[shown[0]].items():
         cells = [str(means[name][key]) for name in shown]
         table.append([*map(str, key), str(mean.count), *cells])
-    head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training"
-    return "\n".join([head, "", format_table(table), "", *map(str, paths)])
+    head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training; "
+    head += "mean ± half of its 95 % interval over seeds"
+    legend = [f"{name}: {explain_measure(name)}" for name in shown]
+    return "\n".join([head, "", format_table(table), "", *legend, "", *map(str, paths)])
 
 
 def _is_number(value: Any) -> bool:

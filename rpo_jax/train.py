@@ -1,7 +1,7 @@
 """Trains one run: `python -m rpo_jax.train --config configs/<name>.py`."""
 
 import logging
-import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from etils import epath
 
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
+from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import Records, open_records
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
@@ -25,6 +26,7 @@ from rpo_jax.training.distributed import OPTIONS, in_turn, joined, read_cluster
 from rpo_jax.training.dry_run import describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
 from rpo_jax.training.loop import Look, heldout_names, run_steps
+from rpo_jax.training.measures import format_measures
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import first_trained, load_frozen
@@ -59,8 +61,7 @@ def main(
 ) -> None:
     """Trains one run, CPT or RPO as the config says; run again, it goes on where it stopped."""
     with joined(config, read_cluster(processes, coordinator, process, timeout_s)):
-        told = tell_plan(config) if dry_run else [format_summary(train(build(config)))]
-        for part in told:
+        for part in tell_plan(config) if dry_run else _tell_run(config):
             if jax.process_index() == 0:
                 print(part)
 
@@ -79,6 +80,12 @@ def tell_plan(config: Config) -> Iterator[str]:
         yield describe_run(build(config))
     if missing:
         raise UserError(f"the run cannot start yet, see MISSING above: {', '.join(missing)}")
+
+
+def _tell_run(config: Config) -> Iterator[str]:
+    started = time.perf_counter()
+    summary = format_summary(train(build(config)))
+    yield f"{summary}\n\nthis command took {time.perf_counter() - started:,.0f} s"
 
 
 def build(config: Config) -> Workload:
@@ -200,6 +207,7 @@ def summarise(
         "name": config.name,
         "stage": config.stage,
         "steps": config.train.steps,
+        "trained_on": _count_records(config, open_records(prepared.train)),
         "heldout": heldout,
         "exam": _before_and_after(config, lines, "exam/"),
         "best": None,
@@ -222,6 +230,15 @@ def summarise(
     return summary
 
 
+def _count_records(config: Config, records: Records) -> dict[str, Any]:
+    """How much a run reads: records, passes over those there are, tokens without padding."""
+    read = config.train.steps * config.train.batch_rows
+    passes = read / len(records)
+    tokens = Ledger.from_dict(records.info["ledger"]).tokens
+    kind = "rows" if config.stage == "cpt" else "pairs"
+    return {"kind": kind, "read": read, "passes": passes, "tokens": round(passes * tokens)}
+
+
 def _before_and_after(
     config: Config, lines: list[dict[str, float]], prefix: str
 ) -> dict[str, dict[str, float]]:
@@ -237,12 +254,15 @@ def _before_and_after(
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
-    lines = [f"{summary['name']}: {summary['stage']}, {summary['steps']} steps"]
+    data = summary["trained_on"]
+    lines = [
+        f"{summary['name']}: {summary['stage']}, {summary['steps']:,} steps, {data['read']:,} "
+        f"{data['kind']} ({data['passes']:.2f} passes), about {data['tokens']:,} tokens"
+    ]
     for title, part in (("held out", "heldout"), ("dev exam", "exam")):
-        before, after = summary[part].get("before", {}), summary[part].get("after", {})
-        rows = [(name, before.get(name, math.nan), after[name]) for name in after]
-        lines += ["", f"{title:<28}{'before':>12}{'after':>12}"] if rows else []
-        lines += [f"{name:<28}{first:>12.4f}{last:>12.4f}" for name, first, last in rows]
+        if found := summary[part]:
+            columns = {when: found.get(when, {}) for when in ("before", "after")}
+            lines += ["", *format_measures(title, columns)]
     if best := summary["best"]:
         lines += ["", f"best by the dev exam, {best['mode']}: step {best['step']}, "]
         lines[-1] += f"{best['share']:.1%} of the points"

@@ -295,6 +295,8 @@ def test_the_table_shows_points_and_verdict(capsys, tmp_path, exam_dir):
         "外科",
         "failed",
         "parse 100.0%",
+        "official: points by the published rule",
+        "parse: texts with an answer",
     ):
         assert part in shown
 

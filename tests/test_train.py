@@ -99,7 +99,9 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     cli.run(train_main, ["train", f"--config={RPO}", *arguments])
     printed = capsys.readouterr().out
     folder = workdir / f"rpo-{tmp_path.name}"
-    assert "preference_accuracy" in printed
+    assert "share of pairs: the chosen response is the likelier one" in printed
+    assert re.search(r"rpo, 12 steps, 96 pairs \(\d\.\d\d passes\), about [\d,]+ tokens", printed)
+    assert re.search(r"this command took \d+ s", printed)
     assert str(folder / "checkpoints/12") in printed
     summary = json.loads((folder / "summary.json").read_text())
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
@@ -130,6 +132,9 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     assert {"tokens_per_s", "tflops", "reward_accuracy", "preference_accuracy"} <= with_rates.keys()
 
     # evaluate finds the same numbers in the checkpoint
+    cli.run(measure_run, ["evaluate", f"--config={RPO}", *arguments], json="")
+    shown = f"{after['nll']:.4f}  nats/token; of pairs, of the chosen response"
+    assert shown in capsys.readouterr().out
     evaluated = ["evaluate", f"--config={RPO}", *arguments, "--json"]
     cli.run(measure_run, evaluated, json="")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -142,6 +147,10 @@ def test_a_run_tells_what_it_forgets_and_what_it_was_made_of(workdir):
     folder = workdir / "fictional-base"
     summary = json.loads((folder / "summary.json").read_text())
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+    records = open_records(summary["paths"]["records"])
+    seen = sum(int((record["segment_ids"] > 0).sum()) for record in records)
+    assert summary["trained_on"]["read"] == 40 * 8
+    assert summary["trained_on"]["tokens"] == round(320 / len(records) * seen)
     assert before["general_nll"] == pytest.approx(np.log(500), abs=0.5)
     assert after["nll"] < after["general_nll"] != before["general_nll"]
     assert read_metrics(folder)[0]["heldout/general_nll"] == before["general_nll"]

@@ -64,6 +64,11 @@ class Ledger:
             entry.largest = max(entry.largest, more.largest)
 
     @property
+    def tokens(self) -> int:
+        """All tokens of what was kept."""
+        return sum(count for name, count in self.totals.items() if name.endswith("tokens"))
+
+    @property
     def dropped_count(self) -> int:
         """Inputs that did not become records."""
         return sum(entry.count for entry in self.dropped.values())

@@ -4,6 +4,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+_RULES = (
+    "official: points by the published rule; extracted: by the answer read out of the text; share: "
+    "extracted, of the points possible"
+)
+_ENDS = (
+    "parse: texts with an answer; run-on: that go on into another question; stop: that ended by "
+    "themselves; vote: points of the answer most given, over the seeds"
+)
+
 
 def format_score(result: dict[str, Any]) -> str:
     """One set of answers: points by both rules, by group, pass or fail, and how texts ended."""
@@ -11,7 +20,7 @@ def format_score(result: dict[str, Any]) -> str:
     lines = [f"{result['exam']} {years}: {result['official']['questions']} questions", ""]
     rows = [["", "points", "of", "share", "right", "of"]]
     rows += [[rule, *_points(result[rule])] for rule in ("official", "extracted")]
-    lines += [format_table(rows), ""]
+    lines += [format_table(rows), _RULES, ""]
     for name, groups in result["by"].items():
         if len(groups) > 1:
             rows = [[name.replace("_", " "), "official", "extracted", "of", "share"]]
@@ -27,7 +36,7 @@ def format_score(result: dict[str, Any]) -> str:
         f"{name.replace('_', '-')} {_percent(rates[name])}" for name in rates if name != "found"
     ]
     found = ", ".join(f"{name} {count}" for name, count in rates["found"].items())
-    return "\n".join([*lines, "", "  ".join(shown), f"found: {found}"])
+    return "\n".join([*lines, "", "  ".join(shown), f"found: {found}", _ENDS])
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -59,7 +68,7 @@ def format_report(report: dict[str, Any]) -> str:
         share = f"{found['points'] / max(asked['points'], 1):.1%}"
         shown = [str(found["points"]), "-", str(asked["points"]), share]
         rows.append([name, "published", *shown, *["-"] * 4])
-    lines += [format_table(rows), ""]
+    lines += [format_table(rows), _RULES, _ENDS, ""]
     for model in report["models"]:
         if found := model["comparison"]:
             points = found["points"]
