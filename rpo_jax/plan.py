@@ -120,6 +120,7 @@ def format_plan(found: Plan) -> str:
         "time a step": f"{seconds['step']:.3f} s = {seconds['compute']:.3f} compiler's cycles + "
         f"{seconds['attention_kernels']:.3f} attention kernels + "
         f"{seconds['exposed_communication']:.3f} exposed communication",
+        "no estimate": _list_unknown(found["ops_without_estimate"]),
         "speed": f"{found['tokens_per_s_per_chip']:,} tokens/s/chip, MFU {found['mfu']:.1%}",
         "cost": f"{found['run_chip_hours']:,} chip-hours for {found['run_tokens']:,.0f} tokens",
         "basis": found["basis"],
@@ -134,6 +135,16 @@ def _list_sizes(sizes: dict[str, Any]) -> str:
         f"{kind} {size}" for kind, size in sizes.items() if kind not in ("total", "chip")
     )
     return f"{sizes['total']} of {sizes['chip']} GB: {parts}"
+
+
+def _list_unknown(counts: dict[str, int]) -> str:
+    charged, free = counts["kernels_charged"], counts["kernels_free"]
+    others = {code: n for code, n in counts.items() if not code.startswith("kernels_")}
+    listed = ", ".join(f"{code} {n}" for code, n in sorted(others.items()))
+    return (
+        f"of {charged} kernels, charged above; of {free} kernels and {sum(others.values())} other "
+        f"operations, which count nothing{f' ({listed})' if listed else ''}"
+    )
 
 
 def _table(lines: dict[str, str]) -> str:

@@ -120,6 +120,29 @@ def test_of_a_choice_the_costliest_branch_counts(branches):
     assert (transfer.kind, transfer.output_bytes, transfer.times) == ("all-reduce", 32, 1)
 
 
+UNKNOWN = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %copy-start.1 = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%p)
+  %copy-done.1 = f32[8]{0} copy-done(%copy-start.1)
+  %custom-call.1 = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  %add.1 = f32[] add(%x, %y)
+  %fusion.1 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"3"}
+  %fusion.2 = (f32[], f32[8]{0}) fusion(%p), kind=kCustom
+  %fusion.3 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %sort.1 = f32[8]{0} sort(%p)
+}
+"""
+
+
+def test_what_has_no_estimate_is_counted():
+    program = read_program(UNKNOWN)
+    assert program.cycles == 3
+    assert program.unknown == {"fusion": 2, "sort": 1}
+
+
 def test_collectives_are_told_by_mesh_axis():
     assert sum_by_axes(read_program(PROGRAM), MESH) == {
         "tensor": {"collective-permute": 5 * 2048.0},

@@ -66,6 +66,9 @@ def test_a_small_rpo_step_compiles_for_a_tpu(planned):
         sum(v for name, v in plan["seconds"].items() if name != "step"), abs=2e-4
     )
     assert plan["seconds"]["compute"] > 0
+    # The kernel of each pass; what else the compiler cannot estimate counts nothing, and is told.
+    assert plan["ops_without_estimate"]["kernels_charged"] >= 2
+    assert "of 0 kernels and " in command.format_plan(plan)
     assert {"fsdp", "tensor"} <= set(plan["collectives_gb"])
     assert "DOES NOT FIT" not in command.format_plan(plan)
     assert json.loads(json.dumps(plan)) == plan
@@ -186,9 +189,15 @@ def test_too_large_says_by_how_much(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("v9:2x2", "a chip .* and a shape"),
-        ("v6e", "a chip .* and a shape"),
-        ("v6e:3x5", "topology 'v6e:3x5'"),
+        ("v9:2x2", "topology 'v9:2x2': wanted is a chip and the sides"),
+        (
+            "v6e",
+            "topology 'v6e': wanted is .* two sides for v5e, v6e .*, three for v4, v5p, tpu7x ",
+        ),
+        ("0*v6e:2x2", r"topology '0\*v6e:2x2': wanted is"),
+        ("v6e:3x5", "topology 'v6e:3x5' is not made of whole hosts: wanted is"),
+        ("v5p:4x4", "topology 'v5p:4x4' has 2 sides: wanted is"),
+        ("v6e:4x4x4", "topology 'v6e:4x4x4' has 3 sides: wanted is"),
         ("", "--topology is wanted"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ _COLLECTIVES = (
     "all-to-all",
     "collective-broadcast",
 )
+# What computes nothing, or is counted by what it calls.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
@@ -58,11 +60,20 @@ class Kernel:
 
 @dataclass
 class Program:
-    """Sums over one run of an optimized program, loops counted as often as they turn."""
+    """Sums over one run of an optimized program, loops counted as often as they turn.
+
+    Attributes:
+        cycles: that the compiler estimates.
+        transfers: that it has no estimate for.
+        kernels: likewise.
+        unknown: operations that have none either and compute more than one number, by their code;
+            each counts once, however often it runs.
+    """
 
     cycles: int = 0
     transfers: list[Transfer] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
 
 
 _NO_ESTIMATE = 2**63 - 1
@@ -119,6 +130,8 @@ def read_program(text: str) -> Program:
                 collect(max(_branches(op), key=count_cycles), times)
             elif op.code == "custom-call" and "tpu_custom_call" in op.text:
                 program.kernels.append(_kernel(op, times))
+            elif _is_unknown(op) and not any(_collectives(op, computations)):
+                program.unknown[op.code] += 1
             for kind, inner in _collectives(op, computations):
                 chain = inner.find(r'chain_id="(\d+)"')
                 if op.code.endswith("-done") or chain in seen:
@@ -170,9 +183,22 @@ def _cycles(op: _Op, trips: dict[str, int], count: Callable[[str], int]) -> int:
         return trips[body] * count(body)
     if op.code == "conditional":
         return max(map(count, _branches(op)))
-    estimate = op.find(r'"estimated_cycles":"(\d+)"')
-    # The compiler writes its largest number where it has no estimate.
-    return int(estimate) if estimate and int(estimate) < _NO_ESTIMATE else 0
+    return _estimate(op) or 0
+
+
+def _estimate(op: _Op) -> int | None:
+    """Cycles of one run; the compiler writes its largest number where it has no estimate."""
+    found = op.find(r'"estimated_cycles":"(\d+)"')
+    return int(found) if found and int(found) < _NO_ESTIMATE else None
+
+
+def _is_unknown(op: _Op) -> bool:
+    """Whether it computes an array in time that nobody estimates."""
+    free = op.code in _FREE or op.code.endswith(("-start", "-done")) or "AllocateBuffer" in op.text
+    numbers = sum(
+        math.prod(int(n) for n in dims.split(",") if n) for _, dims in _SHAPE.findall(op.shape)
+    )
+    return not free and _estimate(op) is None and numbers > 1
 
 
 def _branches(op: _Op) -> list[str]:

@@ -42,7 +42,7 @@ def estimate_seconds(program: Program, topology: Topology, devices: list) -> Sec
     chip = topology.chip
     return Seconds(
         program.cycles / chip.clock_hz,
-        sum(_kernel_flops(kernel) * kernel.times for kernel in program.kernels)
+        sum(kernel_flops(kernel) * kernel.times for kernel in program.kernels)
         / (chip.flops / chip.devices * KERNEL_EFFICIENCY),
         sum(
             max(0.0, _transfer_seconds(t, topology, devices) - t.between_cycles / chip.clock_hz)
@@ -52,7 +52,7 @@ def estimate_seconds(program: Program, topology: Topology, devices: list) -> Sec
     )
 
 
-def _kernel_flops(kernel: Kernel) -> float:
+def kernel_flops(kernel: Kernel) -> float:
     """Of one splash call, by its own shapes; other kernels count nothing.
 
     Below the diagonal only. Where queries are cut over devices and keys are not, the last queries

@@ -1,13 +1,12 @@
 """TPU slices that are not here: devices to compile for, and what their chips can do."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-
-import numpy as np
 
 from rpo_jax.errors import UserError
 
@@ -51,6 +50,13 @@ DCN_BYTES_PER_S = 50e9 / 8  # a chip, to another slice; of secondary sources
 # Slices of one host, where the compiler would take the same shape for several.
 _ONE_HOST = {"v5e:1x1": (1, 1, 1), "v6e:1x1": (1, 1, 1), "v5e:2x4": (2, 4, 1), "v6e:2x4": (2, 4, 1)}
 
+_FLAT, _DEEP = ([name for name, chip in CHIPS.items() if chip.torus == n] for n in (2, 3))
+_WANTED = (
+    "wanted is a chip and the sides of a slice of hosts of 2x2: two sides for "
+    f"{', '.join(_FLAT)} (v6e:1x1, v6e:2x4, v6e:8x8), three for {', '.join(_DEEP)} (v5p:2x2x1, "
+    "v5p:4x4x4); 2*v6e:16x16 is two slices"
+)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -77,13 +83,13 @@ def open_topology(name: str) -> Topology:
     Raises:
         UserError: no such chip or shape, or no libtpu.
     """
-    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+){1,2})", name)
+    match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     if not match or match[2] not in CHIPS:
-        raise UserError(
-            f"topology {name!r}: a chip ({', '.join(CHIPS)}) and a shape are wanted, as in v6e:8x8 "
-            "or, for two slices, 2*v6e:16x16"
-        )
+        raise UserError(f"topology {name!r}: {_WANTED}")
     slices, shape = int(match[1] or 1), f"{match[2]}:{match[3]}"
+    chip, sides = CHIPS[match[2]], [int(n) for n in match[3].split("x")]
+    if len(sides) != chip.torus:
+        raise UserError(f"topology {name!r} has {len(sides)} sides: {_WANTED}")
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v6e-8",
@@ -107,8 +113,7 @@ def open_topology(name: str) -> Topology:
             raise UserError(
                 f"libtpu cannot be loaded ({text}): pip install 'rpo_jax[tpu]'"
             ) from error
-        raise UserError(f"topology {name!r}: {text.splitlines()[0]}") from error
-    chip = CHIPS[match[2]]
-    wanted = slices * int(np.prod([int(n) for n in match[3].split("x")])) * chip.devices
+        raise UserError(f"topology {name!r} is not made of whole hosts: {_WANTED}") from error
+    wanted = slices * math.prod(sides) * chip.devices
     assert len(described.devices) == wanted, (name, len(described.devices))
     return Topology(name, chip, slices, described.devices)

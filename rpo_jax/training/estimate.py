@@ -18,7 +18,7 @@ from rpo_jax.model.qwen2 import count_params
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.hlo import read_program, sum_by_axes
 from rpo_jax.sharding.mesh import compiler_options
-from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds
+from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
 from rpo_jax.sharding.topology import Topology
 from rpo_jax.training.programs import Job, make_job
 from rpo_jax.training.workload import Workload
@@ -206,6 +206,11 @@ def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float
             "attention_kernels": round(seconds.kernels, 4),
             "exposed_communication": round(seconds.communication, 4),
             "step": round(seconds.step, 4),
+        },
+        "ops_without_estimate": {
+            "kernels_charged": sum(kernel_flops(kernel) > 0 for kernel in program.kernels),
+            "kernels_free": sum(kernel_flops(kernel) == 0 for kernel in program.kernels),
+            **program.unknown,
         },
         "tokens_per_s_per_chip": round(rate, 1),
         "mfu": round(job.model_flops / seconds.step / topology.chip.flops / topology.chips, 4),
