@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rpo_jax.sharding.hlo import axes_of, read_group, read_program, sum_by_axes
-from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds
+from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
 from rpo_jax.sharding.topology import CHIPS, Topology
 
 # A loop of 5 turns: 100 cycles, a kernel, a permutation behind 70 cycles, and a fused
@@ -57,6 +57,7 @@ def test_loops_count_as_often_as_they_turn():
     (kernel,) = program.kernels
     assert kernel.times == 5
     assert kernel.shapes == ((4, 256, 128), (2, 512, 128), (2, 512, 64))
+    assert not kernel.fused
 
 
 # A gather that begins in one fusion, goes on while a second one computes, and ends in a third.
@@ -118,6 +119,26 @@ def test_of_a_choice_the_costliest_branch_counts(branches):
     assert program.cycles == 30
     (transfer,) = program.transfers
     assert (transfer.kind, transfer.output_bytes, transfer.times) == ("all-reduce", 32, 1)
+
+
+# Three rows: the backward pass in one kernel, which puts out the queries' gradient in two parts.
+ROWS = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %splash_mha_dkv_no_residuals.1 = (f32[256,64]{1,0}, bf16[2,3,4,256,64]{4,3,2,1,0}, \
+bf16[3,2,256,64]{3,2,1,0}, bf16[3,2,256,64]{3,2,1,0}) custom-call(%q, %k, %v), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, \
+bf16[3,4,256,64]{3,2,1,0}, bf16[3,2,256,64]{3,2,1,0}, bf16[3,2,256,64]{3,2,1,0}}, \
+frontend_attributes={kernel_metadata={
+}
+"""
+
+
+def test_kernels_of_several_rows_and_fused_ones_are_charged():
+    (kernel,) = read_program(ROWS).kernels
+    assert kernel.fused and kernel.shapes[0] == (12, 256, 64)
+    # Five matmuls over the triangle.
+    assert kernel_flops(kernel) == 2 * 12 * 256 * 128 * 5 * 64
 
 
 UNKNOWN = """HloModule jit_step, is_scheduled=true

@@ -49,12 +49,16 @@ class Kernel:
 
     Attributes:
         name: of the kernel.
-        shapes: of its operands that are floats of three axes: queries, keys, values, ...
+        shapes: of its operands that are floats of three axes: queries, keys, values, ...; where
+            there are more, as of several rows, the first ones are one.
+        fused: one of its results has more axes than its queries: of a backward kernel, the parts
+            of the gradient of the queries.
         times: it runs in a step.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
+    fused: bool
     times: int
 
 
@@ -266,13 +270,21 @@ def _hidden_behind(op: _Op, end: _Op, ops: list[_Op], cycles_at: Callable[[_Op],
 
 def _kernel(op: _Op, times: int) -> Kernel:
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", op.text)
-    shapes = _SHAPE.findall(operands[1] if operands else "")
-    floats = [
-        [int(n) for n in dims.split(",") if n] for kind, dims in shapes if kind in ("bf16", "f32")
+    floats = _float_shapes(operands[1] if operands else "")
+    axes = len(floats[0]) if floats else 0
+    folded = tuple((math.prod(dims[:-2]), *dims[-2:]) for dims in floats)
+    fused = any(len(dims) > axes for dims in _float_shapes(op.shape))
+    return Kernel(op.name.rsplit(".", 1)[0], folded, fused, times)
+
+
+def _float_shapes(text: str) -> list[tuple[int, ...]]:
+    """Of three axes or more."""
+    found = [
+        tuple(int(n) for n in dims.split(",") if n)
+        for kind, dims in _SHAPE.findall(text)
+        if kind in ("bf16", "f32")
     ]
-    return Kernel(
-        op.name.rsplit(".", 1)[0], tuple(tuple(dims) for dims in floats if len(dims) == 3), times
-    )
+    return [dims for dims in found if len(dims) >= 3]
 
 
 def read_group(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ KERNEL_EFFICIENCY = 0.5
 
 # Matmuls of each splash kernel over queries x keys, by the width they contract or put out.
 _MATMULS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+_FUSED = (3, 2)  # of both backward kernels in one
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def kernel_flops(kernel: Kernel) -> float:
     if phase is None or len(kernel.shapes) < 3:
         return 0.0
     (heads, queries, score_width), (_, keys, _), (_, _, value_width) = kernel.shapes[:3]
-    scores, values = _MATMULS[phase]
+    scores, values = _FUSED if phase == "dkv" and kernel.fused else _MATMULS[phase]
     seen = queries * (keys - queries / 2)
     return 2.0 * heads * seen * (scores * score_width + values * value_width)
 
