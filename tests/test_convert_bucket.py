@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from converting import REPO, command
@@ -16,6 +18,7 @@ from tests.processes import finish, start
 from tests.test_train import BASE, base_overrides, losses
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="wants the `parity` extra")
+objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
 pytest.importorskip("gcsfs", reason="wants the `gcs` extra")
 
 pytestmark = pytest.mark.full
@@ -59,6 +62,14 @@ class Bucket:
         return found
 
 
+def give_generation(download: Callable[..., None], request: Any, response: Any, store: Any) -> None:
+    """Answers with an object and, in a header, its generation."""
+    download(request, response, store)
+    held = store.objects["bucket"].get(request.params["object_id"])
+    if held:
+        response["x-goog-generation"] = held["generation"]
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     # TensorStore lists what has a prefix as a range of names, which the stand-in does not know.
@@ -67,6 +78,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         "query",
         property(lambda self: {"prefix": self._query.get("startOffset", [""]), **self._query}),
     )
+    # Nor does it say which generation of an object it gives out, as Google's service does.
+    monkeypatch.setattr(objects, "download", partial(give_generation, objects.download))
     server = emulator.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
     server.start()
     yield Bucket(f"http://localhost:{server._api._httpd.server_port}")
@@ -149,6 +162,21 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket(tmp_path: Path, bucket: Bucket)
     (folder / "summary.json").unlink()
     assert run(1) == summary
     assert list(losses(folder)) == list(range(1, 7))
+    # what is exported is what the same files give on a disk
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    origin = json.loads((copy / "run.json").read_text())
+    origin["config"]["checkpoint"]["directory"] = ""
+    (copy / "run.json").write_text(json.dumps(origin))
+    for name, content in bucket.read().items():
+        path = copy / "checkpoints" / name.removeprefix("runs/fictional-base/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    for source in (folder, copy):
+        target = tmp_path / f"out-{source.name}"
+        bucket.run("export", "--base", "none", "--source", source, "--target", target)
+    out, other = (read_files(tmp_path / f"out-{source.name}") for source in (folder, copy))
+    assert out["model.safetensors"] == other["model.safetensors"]
     # without its folder, nobody knows whose checkpoints those are
     shutil.rmtree(folder)
     (process,) = start(1, words, env=bucket.env)
