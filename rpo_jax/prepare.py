@@ -41,7 +41,6 @@ from rpo_jax.exams.sources import (
     find_tokenizer_text,
     read_as_they_are,
 )
-from rpo_jax.pair import make_pairs
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,9 @@ def find_sources(config: Config) -> tuple[PairSource, PairSource]:
     """
     if config.data.source != "candidates":
         return find_pairs(config)
+    # It imports all that samples; text needs none of it, and each worker imports this module.
+    from rpo_jax.pair import make_pairs
+
     folder = make_pairs(config)
     return read_as_they_are([folder / "train.jsonl"]), read_as_they_are([folder / "heldout.jsonl"])
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -270,6 +271,54 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, corpus, tokenizer, tmp_pat
     found = make_sets(replace(plan, data=replace(plan.data, workers=1)), tmp_path / "out")
     assert read_bytes(found) == read_bytes(made)
     assert sorted((tmp_path / "out").iterdir()) == sorted(found.values())
+
+
+@pytest.fixture
+def clashing(corpus, tmp_path):
+    """The corpus with two ids that come again, the first of them in a document to be left out."""
+    lines = {
+        name: (corpus / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        for name in ("medical", "general", "held")
+    }
+    lines["medical"].append('{"id": "m9", "text": " "}\n')
+    lines["general"].insert(3, '{"id": "m8", "text": "別の文書"}\n')
+    lines["held"].append('{"id": "m7", "text": "ほかの組のもの"}\n')  # is of another split
+    folder = tmp_path / "clashing"
+    folder.mkdir()
+    for name in lines:
+        (folder / f"{name}.jsonl").write_text("".join(lines[name]))
+    return folder
+
+
+def name_both(folder):
+    """Of two clashes the one that comes first in the input."""
+    one, two = (re.escape(f"{folder}/medical.jsonl:{line}") for line in (10, 509))
+    return (
+        f"^{two}: the id 'm9' is that of {one}; name them apart, or .*data.corpus.id_field=''\\)$"
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_id_names_one_document(clashing, tokenizer, tmp_path, workers):
+    with pytest.raises(UserError, match=name_both(clashing)):
+        make_sets(plan_of(clashing, tokenizer, workers=workers), tmp_path / "out")
+    (work,) = (tmp_path / "out").iterdir()  # nothing but what was read
+    assert work.name.endswith(".unfinished") and list(work.glob("part-*.json"))
+    found = make_sets(plan_of(clashing, tokenizer, id_field=""), tmp_path / "nameless")
+    assert "medical.jsonl#9" in decode(found["train"], tokenizer)
+
+
+@pytest.mark.full
+def test_beam_complains_alike(clashing, tokenizer, tmp_path):
+    pytest.importorskip("apache_beam", reason="wants the `beam` extra")
+    from rpo_jax.data.beam import make_sets_with_beam
+
+    with pytest.raises(UserError, match=name_both(clashing)):
+        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "1", ["--runner=DirectRunner"])
+    with (clashing / "general.jsonl").open("a") as file:
+        file.write('{"text": \n')
+    with pytest.raises(UserError, match=r"general\.jsonl:205: not a JSON object \(.*\)$"):
+        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "2", ["--runner=DirectRunner"])
 
 
 def keep_unfinished(remove):

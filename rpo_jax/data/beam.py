@@ -15,8 +15,10 @@ import numpy as np
 from etils import epath
 
 from rpo_jax.data.copies import Texts, choose_shard, find_copies, find_near_copies
+from rpo_jax.data.corpus import Document
 from rpo_jax.data.filling import Chosen, fill_shard
 from rpo_jax.data.local import Work, find_sets, hold, open_work, seal_sets
+from rpo_jax.data.naming import name_clash
 from rpo_jax.data.overlap import band_keys
 from rpo_jax.data.records import shard_name
 from rpo_jax.data.screening import Account, Found
@@ -33,6 +35,8 @@ from rpo_jax.errors import UserError
 
 # Split, reason and place of what a step leaves out; its id, and that of what stays instead.
 Left = tuple[str, str, tuple[int, int], str, str]
+Place = tuple[int, int]
+Clash = tuple[Place, str, str, str]
 ShardKey = tuple[str, int]
 
 
@@ -63,7 +67,11 @@ def make_sets_with_beam(plan: Plan, folder: Path, options: Sequence[str]) -> dic
             shared = epath.Path(bucket if bucket.startswith("gs://") else work.folder) / "beam"
             shared = shared / plan.fingerprint[:16]
             shared.mkdir(parents=True, exist_ok=True)
-            _run(plan, shared, parsed)
+            try:
+                _run(plan, shared, parsed)
+            except UserError as error:
+                told, _, _step = str(error).partition(" [while running ")  # which Beam adds
+                raise UserError(told) from error
             _fetch(work, shared)
             seal_sets(work, found)
         shutil.rmtree(work.folder)
@@ -77,7 +85,14 @@ def _run(plan: Plan, shared: epath.Path, options: Any) -> None:
     with beam.Pipeline(options=options) as pipeline:
         parts = pipeline | "Parts" >> beam.Create(range(len(plan.parts))) | beam.Reshuffle()
         screened = parts | "Read and screen" >> beam.FlatMap(_screen, plan, tag).with_outputs(
-            "account", main="kept"
+            "account", "name", main="kept"
+        )
+        _ = (
+            screened.name
+            | "By name" >> beam.GroupByKey()
+            | "Same name" >> beam.FlatMap(_find_clash)
+            | "First clash" >> beam.combiners.Top.Smallest(1)
+            | "Check names" >> beam.Map(_refuse_clash)
         )
         kept, lefts = screened.kept, []
         if plan.data.corpus.drop_copies:
@@ -149,9 +164,29 @@ def _run(plan: Plan, shared: epath.Path, options: Any) -> None:
 
 
 def _screen(number: int, plan: Plan, tag: Any) -> Iterator[Any]:
-    account = Account()
-    yield from screen_part(plan, number, account)
+    account, names = Account(), list[tuple[tuple[str, str], str]]()
+
+    def meet(split: str, document: Document) -> None:
+        names.append(((split, document.id), document.where))
+
+    yield from screen_part(plan, number, account, meet)
+    for place, (name, where) in enumerate(names):
+        yield tag("name", (name, ((number, place), where)))
     yield tag("account", (number, account))
+
+
+def _find_clash(group: tuple[tuple[str, str], Iterable[tuple[Place, str]]]) -> Iterator[Clash]:
+    """Where a name stands for the second time, and for the first."""
+    (_, name), found = group
+    places = sorted(found)[:2]
+    if len(places) == 2:
+        (_, first), (place, second) = places
+        yield place, name, first, second
+
+
+def _refuse_clash(clashes: Sequence[Clash]) -> None:
+    for _place, name, first, second in clashes:
+        raise name_clash(name, first, second)
 
 
 def _texts(plan: Plan, documents: Sequence[Found]) -> Texts:

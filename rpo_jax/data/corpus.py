@@ -27,11 +27,13 @@ class Document:
         id: its own, or file and line.
         text: of it.
         where: file and line, for messages.
+        named: whether the id is its own.
     """
 
     id: str
     text: str
     where: str
+    named: bool = False
 
 
 def read_documents(
@@ -61,7 +63,7 @@ def read_documents(
             raise too_large(where)
         own = take_string(where, record, id_field) if record.get(id_field) is not None else ""
         number = where.removeprefix(span.path).lstrip(": row")
-        yield Document(own or f"{name}#{number}", _normalise(text), where)
+        yield Document(own or f"{name}#{number}", _normalise(text), where, bool(own))
 
 
 def _normalise(text: str) -> str:

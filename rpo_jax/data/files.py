@@ -257,13 +257,18 @@ def draft_folder(folder: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)  # mkdtemp makes it private
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        place_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def place_folder(draft: Path, folder: Path) -> None:
+    """Gives a finished folder its name; where it has been taken meanwhile, nothing happens."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _cut_groups(file: Any, span_bytes: int) -> tuple[list[tuple[int, int]], list[int | None]]:

@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from rpo_jax.data.card import CARD_FILE, render_card
 from rpo_jax.data.copies import Texts, choose_shard, find_copies, find_groups, find_near_copies
+from rpo_jax.data.files import place_folder
 from rpo_jax.data.filling import Chosen, Shard, fill_shard
+from rpo_jax.data.naming import check_names
 from rpo_jax.data.records import FULL_DISK, digest, seal_records, shard_name, text_features
 from rpo_jax.data.screening import Account
 from rpo_jax.data.spill import Spill, read_json, write_json
@@ -125,7 +127,8 @@ def seal_sets(work: Work, found: Mapping[str, Path]) -> None:
             card = render_card({**info, "records": sum(counts)})
             (work.shards(split) / CARD_FILE).write_text(card, encoding="utf-8")
             features = text_features(plan.data.row_length)
-            seal_records(work.shards(split), found[split], features, counts, info)
+            seal_records(work.shards(split), features, counts, info)
+            place_folder(work.shards(split), found[split])
 
 
 def _screen(work: Work, number: int) -> None:
@@ -138,6 +141,7 @@ def _choose(work: Work) -> None:
     if work.note("chosen.json").exists():
         return
     plan, spill = work.plan, work.spill
+    check_names(plan, spill.load("names"))
     indices = spill.load("index")
     every = np.concatenate(indices)
     part = np.repeat(np.arange(len(indices), dtype=np.uint32), [len(index) for index in indices])

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from rpo_jax.data.files import draft_folder
 from rpo_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -108,14 +108,10 @@ def write_records(
         describe: called after the last example; what `dataset.json` shall say beside the counts, at
             least a `fingerprint`.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{directory.name}.incomplete-", dir=directory.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        count = write_shard(scratch / shard_name(0, 1), features, examples)
-        return seal_records(scratch, directory, features, [count], describe())
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with draft_folder(directory) as draft:
+        count = write_shard(draft / shard_name(0, 1), features, examples)
+        seal_records(draft, features, [count], describe())
+    return open_records(directory)
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -169,17 +165,12 @@ def _open_writer(path: Path) -> Iterator[Any]:
 
 
 def seal_records(
-    scratch: Path,
-    directory: Path,
-    features: Features,
-    counts: Sequence[int],
-    info: Mapping[str, Any],
-) -> Records:
-    """Makes a record set of a folder that holds all its shards, and gives it its name.
+    scratch: Path, features: Features, counts: Sequence[int], info: Mapping[str, Any]
+) -> None:
+    """Makes a record set of a folder that holds all its shards.
 
     Args:
-        scratch: the folder with the shards, on the same disk as `directory`.
-        directory: that it becomes.
+        scratch: the folder with the shards.
         features: of each example.
         counts: examples of each shard.
         info: what `dataset.json` shall say beside the counts, at least a `fingerprint`.
@@ -206,12 +197,6 @@ def seal_records(
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (scratch / INFO_FILE).write_text(text, encoding="utf-8")
     _check_shards(scratch, shards)
-    try:
-        scratch.rename(directory)
-    except OSError:
-        if not (directory / INFO_FILE).is_file():
-            raise  # else another process was faster with the same set
-    return open_records(directory)
 
 
 def open_records(directory: Path) -> Records:

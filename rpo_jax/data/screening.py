@@ -1,7 +1,7 @@
 """The first look at documents: all that can be decided about each of them alone."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from rpo_jax.config import Corpus
 from rpo_jax.data.cleaning import make_clean
-from rpo_jax.data.corpus import read_documents
+from rpo_jax.data.corpus import Document, read_documents
 from rpo_jax.data.files import Span
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.overlap import COPY_GRAM, Questions, mix, sign, take_ngrams
@@ -150,6 +150,7 @@ def screen(
     corpus: Corpus,
     questions: Questions | None,
     account: Account,
+    meet: Callable[[str, Document], None],
 ) -> Iterator[Found]:
     """The documents of a part that pass every test that looks at one document alone.
 
@@ -160,6 +161,8 @@ def screen(
         corpus: the filters.
         questions: that training text must not hold; None: it may.
         account: learns what was left out, and why.
+        meet: is told of each document with an id of its own, left out or not, and of its split in
+            the input.
     """
     clean = make_clean(corpus)
     counter = 0
@@ -167,6 +170,8 @@ def screen(
         source = sources[piece.source]
         kept_whole = source.split != TRAIN
         for document in read_documents(piece.span, corpus.text_field, corpus.id_field):
+            if document.named:
+                meet(source.split, document)
             text, reason = document.text, ""
             if kept_whole:
                 reason = "" if text.strip() else "empty"

@@ -1,5 +1,6 @@
 """Documents on the disk between the steps: texts one after the other, and where each one lies."""
 
+import array
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from rpo_jax.data.corpus import Document
+from rpo_jax.data.naming import hash_name
 from rpo_jax.data.overlap import BINS, band_keys
 from rpo_jax.data.screening import Account
 from rpo_jax.data.textplan import Plan, screen_part
@@ -38,11 +41,15 @@ class Spill:
         if self._path(number, "json").exists():
             return
         plan = self.plan
-        account, rows, signatures = Account(), [], []
+        account, rows, signatures, names = Account(), [], [], array.array("Q")
         splits = {split: i for i, split in enumerate(plan.splits)}
         offset = 0
+
+        def meet(split: str, document: Document) -> None:
+            names.append(hash_name(split, document))
+
         with self._path(number, "texts").open("wb") as file:
-            for found in screen_part(plan, number, account):
+            for found in screen_part(plan, number, account, meet):
                 name, text = found.id.encode(), found.text.encode()
                 file.write(name + text)
                 sizes = len(text), len(found.text), len(name)
@@ -52,6 +59,7 @@ class Spill:
                 if plan.data.corpus.near_copies:
                     signatures.append(found.sign())
         np.save(self._path(number, "index.npy"), np.array(rows, _ENTRY))
+        np.save(self._path(number, "names.npy"), np.array(names, np.uint64))
         if plan.data.corpus.near_copies:
             signed = np.array(signatures, np.uint32).reshape(-1, BINS)
             np.save(self._path(number, "signatures.npy"), signed)
@@ -66,7 +74,7 @@ class Spill:
         return account
 
     def load(self, kind: str) -> list[np.ndarray]:
-        """The `index`, `signatures` or `keys` of each part, a line a document."""
+        """The `index`, `names`, `signatures` or `keys` of each part, a line a document."""
         return [self.load_part(kind, number) for number in range(len(self.plan.parts))]
 
     def load_part(self, kind: str, number: int) -> np.ndarray:

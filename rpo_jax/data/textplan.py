@@ -11,7 +11,7 @@ difference to a byte of what comes out.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from etils import epath
 
 from rpo_jax.config import Data
 from rpo_jax.data.copies import count_passes, find_passes, order_keys
+from rpo_jax.data.corpus import Document
 from rpo_jax.data.files import survey_file
 from rpo_jax.data.filling import Shard
 from rpo_jax.data.ledger import Drop, Ledger, check_shares
@@ -131,11 +132,12 @@ def make_plan(
     return Plan(data, tokenizer, questions, tuple(sources), tuple(files), tuple(parts))
 
 
-def screen_part(plan: Plan, number: int, account: Account) -> Iterator[Found]:
+def screen_part(
+    plan: Plan, number: int, account: Account, meet: Callable[[str, Document], None]
+) -> Iterator[Found]:
     """The first step, for one part."""
-    return screen(
-        plan.parts[number], number, plan.sources, plan.data.corpus, plan.questions, account
-    )
+    part, corpus = plan.parts[number], plan.data.corpus
+    return screen(part, number, plan.sources, corpus, plan.questions, account, meet)
 
 
 def choose_passes(plan: Plan, characters: Mapping[int, int]) -> list[float]:

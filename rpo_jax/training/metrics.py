@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from rpo_jax.config import Log
 from rpo_jax.errors import UserError
@@ -120,6 +119,9 @@ class MetricLog:
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
+            # Where torch is installed this imports it, which takes seconds.
+            from tensorboardX import SummaryWriter
+
             logdir = str(folder / "tensorboard")
             self._tensorboard = SummaryWriter(logdir, purge_step=step + 1, flush_secs=30)
         if config.wandb_project:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rpo_jax.data.files import draft_folder
 from rpo_jax.errors import UserError
 from rpo_jax.exams.fictional.passages import Document
 from rpo_jax.exams.fictional.world import SPLIT_YEARS, VERSION, Pair, World, is_test_world
@@ -34,18 +32,9 @@ def write_world(directory: str | Path, world: World) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         _check_same(target, world)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write_files(temporary, world)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        os.rename(temporary, target)  # replaces an empty directory, fails on any other
-    except OSError:
-        if not (target / WORLD_FILE).exists():
-            raise
-        _check_same(target, world)  # another process was faster
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with draft_folder(target) as draft:
+        _write_files(draft, world)
+    _check_same(target, world)  # another process may have been faster
     return target
 
 
