@@ -1,9 +1,11 @@
 """Weights in and out of a bucket: a stand-in for Google's on this machine."""
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -50,6 +52,11 @@ class Bucket:
         assert process.returncode == status, err
         assert "Traceback" not in err
         return out if status == 0 else err
+
+    def write(self, name: str, content: bytes) -> None:
+        """Puts an object there."""
+        url = f"{self.url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+        urllib.request.urlopen(urllib.request.Request(url, content, method="POST")).close()
 
     def read(self) -> dict[str, bytes]:
         """Every object, by name."""
@@ -138,6 +145,51 @@ def test_what_is_not_ours_stays(tmp_path: Path, bucket: Bucket) -> None:
     more = ("export", "--source", "gs://bucket/thesis/chapter", "--base", "none")
     assert "move it away" in bucket.run(*more, *words, status=2)
     assert bucket.read() == held
+
+
+BEAM = "--beam=--runner=DirectRunner --temp_location=gs://bucket/tmp"
+
+
+@pytest.mark.parametrize("way", ["processes", "beam"])
+def test_text_in_a_bucket_becomes_the_same_records(
+    tmp_path: Path, bucket: Bucket, way: str
+) -> None:
+    if way == "beam":
+        pytest.importorskip("apache_beam", reason="wants the `beam` extra")
+    pyarrow = pytest.importorskip("pyarrow", reason="wants the `corpus` extra")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"架空の文書の{'長い' * (i % 50)}第{i}番" for i in range(300)]
+    lines = (json.dumps({"id": text, "text": text, "more": "x" * 9000}) for text in texts)
+    (tmp_path / "text/deep").mkdir(parents=True)
+    (tmp_path / "text/one.jsonl").write_text("\n".join(lines))  # several parts
+    (tmp_path / "text/deep/two.txt.gz").write_bytes(gzip.compress("圧縮した文書".encode()))
+    parquet.write_table(pyarrow.table({"text": ["表の文書"]}), tmp_path / "text/deep/x.parquet")
+    (tmp_path / "held.txt").write_text("held out")
+    for path in [*tmp_path.glob("text/**/*.*"), tmp_path / "held.txt"]:
+        bucket.write(str(path.relative_to(tmp_path)), path.read_bytes())
+    records = []
+    for place, more in ((str(tmp_path), ""), ("gs://bucket", BEAM if way == "beam" else "")):
+        files = {
+            "data__source": "files",
+            "data__train": f"('{place}/text/*.jsonl', '{place}/text/**/*.*')",
+            "data__heldout": f"('{place}/held.txt',)",
+            "data__corpus__shard_mib": 1,
+            "data__workers": 2,
+        }
+        workdir = tmp_path / f"runs-{len(records)}"
+        words = [f"--config={BASE}", *base_overrides(workdir, **files), *[more][: bool(more)]]
+        process = subprocess.run(
+            [sys.executable, "-m", "rpo_jax.prepare", *words],
+            cwd=REPO,
+            env=bucket.env,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        assert "302 documents kept" in process.stdout
+        shards = (workdir / "data").glob("rows-*/*array_record*")
+        records.append({(path.parent.name, path.name): path.read_bytes() for path in shards})
+    assert len(records[0]) == 5 and records[0] == records[1]
 
 
 def test_a_run_keeps_its_checkpoints_in_a_bucket(tmp_path: Path, bucket: Bucket) -> None:

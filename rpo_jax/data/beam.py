@@ -16,6 +16,7 @@ from etils import epath
 
 from rpo_jax.data.copies import Texts, choose_shard, find_copies, find_near_copies
 from rpo_jax.data.corpus import Document
+from rpo_jax.data.files import in_bucket
 from rpo_jax.data.filling import Chosen, fill_shard
 from rpo_jax.data.local import Work, find_sets, hold, open_work, seal_sets
 from rpo_jax.data.naming import name_clash
@@ -64,7 +65,7 @@ def make_sets_with_beam(plan: Plan, folder: Path, options: Sequence[str]) -> dic
         if not all(directory.exists() for directory in found.values()):
             parsed = PipelineOptions(list(options))
             bucket = parsed.view_as(GoogleCloudOptions).temp_location or ""
-            shared = epath.Path(bucket if bucket.startswith("gs://") else work.folder) / "beam"
+            shared = epath.Path(bucket if in_bucket(bucket) else work.folder) / "beam"
             shared = shared / plan.fingerprint[:16]
             shared.mkdir(parents=True, exist_ok=True)
             try:

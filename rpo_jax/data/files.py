@@ -48,6 +48,11 @@ class Span:
     size: int = 0
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path lies in a bucket, where a file appears whole and nothing has to be renamed."""
+    return os.fspath(path).startswith("gs://")
+
+
 def plain_name(path: epath.PathLike) -> str:
     """The name of a file without the ending that tells of its compression."""
     name = os.path.basename(os.fspath(path))
@@ -83,12 +88,17 @@ def find_files(
 
 
 def _match(pattern: str) -> list[str]:
-    if not pattern.startswith("gs://"):
+    if not in_bucket(pattern):
         return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    try:
+        from gcsfs import GCSFileSystem
+    except ImportError as error:
+        raise UserError(
+            f'{pattern}: gs:// needs gcsfs: pip install -c constraints.txt -e ".[gcs]"'
+        ) from error
     if not glob.has_magic(pattern):
         return [pattern]
-    bucket, _, rest = pattern.removeprefix("gs://").partition("/")
-    return sorted(map(os.fspath, epath.Path(f"gs://{bucket}").glob(rest)))
+    return sorted(f"gs://{name}" for name in GCSFileSystem().glob(pattern))  # epath knows no `**`
 
 
 def read_objects(span: Span | epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -286,7 +296,9 @@ def _cut_groups(file: Any, span_bytes: int) -> tuple[list[tuple[int, int]], list
 
 
 def _open_raw(path: epath.PathLike) -> Any:
-    return epath.Path(path).open("rb")
+    file = epath.Path(path).open("rb")
+    # Files of a bucket know no `readline` up to a length.
+    return io.BufferedReader(file, _BLOCK) if in_bucket(path) else file
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from rpo_jax.data.files import draft_folder
+from rpo_jax.data.files import draft_folder, in_bucket
 from rpo_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -131,7 +131,7 @@ def write_shard(path: epath.PathLike, features: Features, examples: Iterable[Exa
         How many there were.
     """
     path = epath.Path(path)
-    local = not os.fspath(path).startswith("gs://")
+    local = not in_bucket(path)
     schema = tfds.features.FeaturesDict(features)
     serializer = ExampleSerializer(schema.get_serialized_info())
     with tempfile.TemporaryDirectory(prefix=".shard-", dir=path.parent if local else None) as room:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from rpo_jax.data.corpus import Document
+from rpo_jax.data.files import in_bucket
 from rpo_jax.data.naming import hash_name
 from rpo_jax.data.overlap import BINS, band_keys
 from rpo_jax.data.screening import Account
@@ -94,9 +95,10 @@ class Spill:
 
 def write_json(path: Path | epath.Path, value: Any) -> None:
     """Writes JSON, atomically."""
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path if in_bucket(path) else path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    scratch.replace(path)
+    if scratch != path:
+        scratch.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

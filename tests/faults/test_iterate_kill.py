@@ -36,11 +36,11 @@ def test_rounds_survive_any_kills(make_once, tmp_path):
     for name in ("straight", "killed"):
         shutil.copytree(guesser, tmp_path / name)
     assert iterate(tmp_path / "straight", None)
-    rng, kills = random.Random(0), 0
+    rng, kills = random.Random(0), list[float]()
     # It gets longer each time: a start alone takes seconds, and something has to be new.
-    while not iterate(tmp_path / "killed", rng.uniform(4, 12) + 2 * kills):
-        kills += 1
-    assert kills >= 3
+    while not iterate(tmp_path / "killed", wait := rng.uniform(4, 12) + 2 * len(kills)):
+        kills.append(wait)
+    assert len(kills) >= 3
     ends = []
     for name in ("straight", "killed"):
         rounds = list(list_rounds(load(tmp_path / name)))
@@ -50,3 +50,5 @@ def test_rounds_survive_any_kills(make_once, tmp_path):
         results = json.loads((tmp_path / name / "rounds" / "rounds.json").read_text())
         ends.append(([weigh(one) for one in rounds], losses, results))
     assert ends[0] == ends[1]
+    weights, losses, results = ends[0]
+    print(json.dumps({"killed_after_seconds": kills, "weights": weights, "results": results}))
