@@ -50,5 +50,5 @@ def test_rounds_survive_any_kills(make_once, tmp_path):
         results = json.loads((tmp_path / name / "rounds" / "rounds.json").read_text())
         ends.append(([weigh(one) for one in rounds], losses, results))
     assert ends[0] == ends[1]
-    weights, losses, results = ends[0]
+    weights, _, results = ends[0]
     print(json.dumps({"killed_after_seconds": kills, "weights": weights, "results": results}))
