@@ -83,8 +83,10 @@ def run_plain(path: Path, tokenizer: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "tokens": tokens}
 
 
-def run_prepare(path: Path, folder: Path, tokenizer: Path, *changes: str) -> dict[str, float]:
-    """Seconds, the largest process in MiB, and fill of `prepare`."""
+def make_command(
+    path: Path, folder: Path, tokenizer: Path, *changes: str
+) -> tuple[list[str], Path]:
+    """`prepare` of a file, and the work folder, which is empty."""
     workdir = folder / "runs"
     shutil.rmtree(workdir, ignore_errors=True)
     config = folder / "config.py"
@@ -97,6 +99,12 @@ def run_prepare(path: Path, folder: Path, tokenizer: Path, *changes: str) -> dic
         "--config.data.workers=2",
         *changes,
     ]
+    return command, workdir
+
+
+def run_prepare(path: Path, folder: Path, tokenizer: Path, *changes: str) -> dict[str, float]:
+    """Seconds, the largest process in MiB, and fill of `prepare`."""
+    command, workdir = make_command(path, folder, tokenizer, *changes)
     started = time.perf_counter()
     subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
@@ -117,6 +125,30 @@ def run_prepare(path: Path, folder: Path, tokenizer: Path, *changes: str) -> dic
     }
 
 
+CHOOSE = """
+import resource, runpy, sys
+sys.argv = ["prepare", *sys.argv[1:]]
+runpy.run_module("rpo_jax.prepare", run_name="__main__")
+print("peak KiB:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def measure_index(folder: Path, tokenizer: Path, documents: int, *changes: str) -> dict[str, float]:
+    """Seconds, and the peak in MiB of the process that chooses, for so many short documents."""
+    rng, path = random.Random(documents), folder / f"documents-{documents}.jsonl"
+    with path.open("w") as file:
+        for number in range(documents):
+            text = "".join(chr(rng.randrange(0x3042, 0x3082)) for _ in range(30))
+            file.write(json.dumps({"id": f"d{number}", "text": text}, ensure_ascii=False) + "\n")
+    command, _ = make_command(path, folder, tokenizer, *changes)
+    command[1:3] = ["-c", CHOOSE]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=REPO, check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - started
+    peak = int(done.stdout.rpartition("peak KiB:")[2]) / 1024
+    return {"documents": documents, "seconds": seconds, "choosing_process_mib": peak}
+
+
 WAYS = {
     "no de-duplication": ["--config.data.corpus.drop_copies=false"],
     "copies": [],
@@ -128,8 +160,11 @@ def main() -> None:
     """Makes the text, times what is asked for, writes the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--ways", nargs="+", default=["plain loop", *WAYS])
+    parser.add_argument(
+        "--documents", type=int, nargs="*", default=[], help="memory by their number"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +184,11 @@ def main() -> None:
                 {"way": way, "megabytes": size, **found, "mb_per_s": size / found["seconds"]}
             )
             print(json.dumps(results[-1], ensure_ascii=False), flush=True)
+    for documents in args.documents:
+        for way in args.ways:
+            found = measure_index(args.folder, tokenizer, documents, *WAYS[way])
+            results.append({"way": way, **found})
+            print(json.dumps(results[-1]), flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True
     )
