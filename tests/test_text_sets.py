@@ -304,8 +304,12 @@ def test_an_id_names_one_document(clashing, tokenizer, tmp_path, workers):
         make_sets(plan_of(clashing, tokenizer, workers=workers), tmp_path / "out")
     (work,) = (tmp_path / "out").iterdir()  # nothing but what was read
     assert work.name.endswith(".unfinished") and list(work.glob("part-*.json"))
-    found = make_sets(plan_of(clashing, tokenizer, id_field=""), tmp_path / "nameless")
-    assert "medical.jsonl#9" in decode(found["train"], tokenizer)
+
+
+def test_documents_may_be_named_by_file_and_line(clashing, tokenizer, tmp_path):
+    found = make_sets(plan_of(clashing, tokenizer, ("general",), epochs=(), id_field=""), tmp_path)
+    names = decode(found["train"], tokenizer).keys()
+    assert names and all(name.startswith("general.jsonl#") for name in names)
 
 
 @pytest.mark.full
