@@ -40,7 +40,7 @@ class Model:
     )
     param_dtype: str = option(
         "float32",
-        "dtype of the weights (adapters are float32 always)",
+        "dtype of the weights (adapters and the optimizer's moments are float32 always)",
         choices=("float32", "bfloat16"),
     )
     compute_dtype: str = option(

@@ -1,6 +1,7 @@
 """Where a state lies: the arrays of any optimizer like the weights they belong to."""
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import NamedSharding
@@ -35,3 +36,13 @@ def test_an_optimizer_lies_like_its_weights(name):
     assert len(alike) == count
     rest = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf not in matrices]
     assert all(isinstance(leaf.sharding, NamedSharding) for leaf in rest)
+
+
+def test_moments_are_float32_whatever_the_weights_are():
+    tx = make_optimizer(Optim(weight_decay=0.1))
+    params = {"norm": {"scale": jnp.ones(4, jnp.bfloat16)}}
+    before = tx.init(params)
+    grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    _, after = tx.update(grads, before, params)
+    for state in (before, after):
+        assert {leaf.dtype for leaf in jax.tree.leaves(state[0][1:])} == {jnp.dtype("float32")}

@@ -13,9 +13,16 @@ from rpo_jax.config import Optim
 def make_optimizer(config: Optim) -> optax.GradientTransformation:
     """Adam, decoupled weight decay; the step clips before and scales by the learning rate after.
 
+    The moments are float32, as the gradients are, whatever the weights are.
+
     Source: arXiv:1711.05101.
     """
-    chain = [optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)]
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return adam.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+    chain = [optax.GradientTransformation(init, adam.update)]
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=is_decayed))
     return optax.chain(*chain)
