@@ -40,7 +40,7 @@ from rpo_jax.generation.batching import make_generate
 from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.training.checkpoint import name_score
 from rpo_jax.training.loop import Look
-from rpo_jax.training.opening import Opened, find_model, open_model, read_end_ids
+from rpo_jax.training.opening import Opened, find_model, open_model, read_end_ids, take_apart
 from rpo_jax.training.run import read_fingerprints, write_json
 from rpo_jax.training.state import fingerprint_params
 
@@ -115,8 +115,8 @@ class Paper:
 def take_exam(folder: Path, plan: Plan, share: Share | None = None) -> dict[str, Any] | None:
     """Asks what was not asked yet, weighs letters, and writes the report, which is returned.
 
-    Of several hosts, each does its share; whoever finds that all is answered makes the report, the
-    others return None.
+    Of several hosts, each does its share, and the first weighs the letters; whoever finds that all
+    is answered makes the report, the others return None.
 
     Raises:
         UserError: model or exam are missing or broken, the plan contradicts itself, or another
@@ -133,12 +133,14 @@ def take_exam(folder: Path, plan: Plan, share: Share | None = None) -> dict[str,
     paper = lay_out(plan, config)
     model = open_model(folder, plan.mesh, plan.dtype, plan.step)
     out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
-    ask_paper(model, plan, paper, out, share)
+    share = share or Share()
+    phrasing = open_paper(model, plan, paper, out)
+    if plan.weigh and share.number == 0:
+        _weigh_letters(plan, model, phrasing, paper, out)
+    ask_paper(take_apart(model), phrasing, plan, paper, out, share)
     answered = (read_answers(out, mode, seed) for mode in plan.modes for seed in plan.seeds)
     if any(len(answers) < len(paper.questions) for answers in answered):
         return None
-    if plan.weigh:
-        _weigh_letters(plan, model, paper, out)
     return write_report(plan.exam, [out])
 
 
@@ -162,20 +164,15 @@ def lay_out(plan: Plan, run: Config | None) -> Paper:
     )
 
 
-def ask_paper(
-    model: Opened,
-    plan: Plan,
-    paper: Paper,
-    out: Path,
-    share: Share | None = None,
-    restart: bool = False,
-) -> None:
-    """Has a model answer what it did not answer yet, or its share of it; `out` is the sitting.
+def open_paper(
+    model: Opened, plan: Plan, paper: Paper, out: Path, restart: bool = False
+) -> Phrasing:
+    """Starts a model's sitting in the folder `out`, or goes on with it; how the model is asked.
 
     With `restart`, another sitting there is thrown away, not refused.
 
     Raises:
-        UserError: another sitting is in the way, or questions that the model cannot be asked.
+        UserError: another sitting is in the way, or the model has no chat template that is wanted.
     """
     phrasing = find_phrasing(model.folder / "model", model.tokenizer, plan.chat)
     sitting = Sitting(
@@ -193,6 +190,22 @@ def ask_paper(
         chat=phrasing.chat.fingerprint if phrasing.chat else "",
     )
     open_sitting(out, sitting, restart)
+    return phrasing
+
+
+def ask_paper(
+    model: Opened,
+    phrasing: Phrasing,
+    plan: Plan,
+    paper: Paper,
+    out: Path,
+    share: Share | None = None,
+) -> None:
+    """Has a model answer what it did not answer yet, or its share of it; `out` is the sitting.
+
+    Raises:
+        UserError: questions that the model cannot be asked.
+    """
     share = share or Share()
     asks = paper.list_asks(plan, phrasing)
     generate = make_generate(
@@ -248,7 +261,8 @@ def make_dev_looks(
             config.folder, step, network, params, tokenizer, mesh, read_end_ids(config.folder)
         )
         out = config.folder / "exams" / f"dev-{step}"
-        ask_paper(model, plan, paper, out, restart=True)
+        phrasing = open_paper(model, plan, paper, out, restart=True)
+        ask_paper(model, phrasing, plan, paper, out)
         (found,) = write_report(plan.exam, [out])["models"]
         return {
             name: value
@@ -287,11 +301,10 @@ class RunningScore:
         )
 
 
-def _weigh_letters(plan: Plan, model: Opened, paper: Paper, out: Path) -> None:
+def _weigh_letters(plan: Plan, model: Opened, phrasing: Phrasing, paper: Paper, out: Path) -> None:
     """Writes likelihood.json: the letter that the model finds likeliest, where one is asked."""
     if (out / "likelihood.json").exists():
         return
-    phrasing = find_phrasing(model.folder / "model", model.tokenizer, plan.chat)
     style = find_prompt(ANSWER_ONLY, plan.shots, phrasing.chat is not None)
     weighed = [question for question in paper.questions if has_one_letter(question)]
     shown = paper.demonstrations[: plan.shots]

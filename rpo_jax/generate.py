@@ -8,7 +8,6 @@ the output has the id and what came. An interrupted command goes on when it is g
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -18,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from rpo_jax.cli import Parser, exit_on_error
@@ -28,8 +26,7 @@ from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.generation.requests import Completion, Request, Settings, check_settings
-from rpo_jax.model.cache import split_layers
-from rpo_jax.training.opening import Opened, open_model
+from rpo_jax.training.opening import Opened, open_model, take_apart
 from rpo_jax.training.run import write_json
 
 
@@ -167,10 +164,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(args.max_tokens, args.temperature, args.top_k, args.top_p, tuple(args.stop))
     check_settings(settings, "command line")
     mesh = MeshConfig(data=1, fsdp=-1, tensor=args.tensor)
-    model = open_model(Path(args.checkpoint), mesh, args.dtype, args.step)
-    with jax.set_mesh(model.mesh):
-        params = split_layers(model.params, give_up=True)
-    model = dataclasses.replace(model, params=params)
+    model = take_apart(open_model(Path(args.checkpoint), mesh, args.dtype, args.step))
     if args.prompts is not None:
         print(complete_file(model, args.prompts, args.out, settings, args.seed, args.slots))
         return

@@ -16,7 +16,7 @@ from rpo_jax.data.files import digest_files, draft_folder, find_files
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
-from rpo_jax.examine import Paper, Plan, ask_paper
+from rpo_jax.examine import Paper, Plan, ask_paper, open_paper
 from rpo_jax.exams.asking import (
     ANSWER_ONLY,
     EXPLAIN_FIRST,
@@ -36,7 +36,7 @@ from rpo_jax.exams.candidates import (
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.split import Split, split_exam
 from rpo_jax.training.checkpoint import find_step, open_existing
-from rpo_jax.training.opening import open_model
+from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
 from rpo_jax.training.run import write_json
 
@@ -78,7 +78,8 @@ def draw(config: Config, split: Split, share: Share | None = None) -> None:
         return
     assert config.origin is not None, "resolve() wants an origin for stage=rpo"
     model = open_model(config.origin, config.mesh, config.model.compute_dtype)
-    ask_paper(model, plan, paper, sitting, share)
+    phrasing = open_paper(model, plan, paper, sitting)
+    ask_paper(take_apart(model), phrasing, plan, paper, sitting, share)
 
 
 def gather(config: Config, split: Split) -> Path:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,9 +19,9 @@ from rpo_jax.exams.igakuqa import read_questions
 from rpo_jax.exams.responses import predict
 from rpo_jax.model.qwen2 import forward, head_table
 from rpo_jax.training.opening import open_model
+from tests.processes import REPO, finish
 from tests.sittings import YEAR, make_exam, make_model
 
-REPO = Path(__file__).resolve().parents[1]
 WHOLE = jax.jit(forward, static_argnums=0)
 
 
@@ -97,6 +99,30 @@ def test_hosts_share_an_exam_and_the_last_one_makes_the_report(capsys, tmp_path,
     names = {path.name for path in (tmp_path / "shared" / "responses").iterdir()}
     assert names == {
         f"{m}-0.{n}of2.jsonl" for m in ("answer_only", "explain_first") for n in (0, 1)
+    }
+
+
+@pytest.mark.full
+def test_processes_take_an_exam_at_once(capsys, tmp_path, model, exam_dir):
+    alone = run(capsys, *arguments(model, exam_dir, tmp_path / "alone", "--slots", "8"))
+    given = arguments(model, exam_dir, tmp_path / "shared", "--slots", "8", "--json", "--share")
+    command = [sys.executable, "-m", "rpo_jax.evaluate", *given]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen([*command, f"{i}/2"], cwd=REPO, stdout=pipe, stderr=pipe, text=True)
+        for i in range(2)
+    ]
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    # Who ends last makes the report; both may, where they end together.
+    reports = [json.loads(out.splitlines()[-1]) for out, _ in said if "is answered" not in out]
+    del alone["models"][0]["folder"]
+    for found in reports:
+        del found["models"][0]["folder"]
+    assert reports in ([alone], [alone, alone])
+    lines = read_all(tmp_path / "shared")
+    assert {name: len(own) for name, own in lines.items()} == {
+        f"{m}-0.{n}of2.jsonl": 3 for m in ("answer_only", "explain_first") for n in (0, 1)
     }
 
 

@@ -55,8 +55,8 @@ def test_layers_are_set_apart_in_place_of_the_stacked_ones(params):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy["layers"]))
 
 
-@pytest.mark.parametrize("shared", [0, 6])
-def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
+@pytest.mark.parametrize(("shared", "turned"), [(0, False), (6, True)])
+def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared, turned):
     rng = np.random.default_rng(0)
     lengths, prompts = [23, 9, 16], [7, 1, 5]  # of the rows in all, and of their prompts
     tokens = rng.integers(0, SHAPE.vocab_size, (3, 30)).astype(np.int32)
@@ -66,13 +66,13 @@ def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
     hidden = forward(NETWORK, params, jnp.asarray(tokens), one, 0 * one, positions)
     want = np.asarray(hidden @ head_table(params).T)
 
-    weights = split_layers(params)
+    weights = split_layers(params, turned=turned)
     step = jax.jit(
         lambda tokens, start, own, prefix: forward_cached(
             NETWORK, weights, tokens, start, own, prefix
         )
     )
-    logits = jax.jit(lambda hidden: compute_logits(weights, hidden, SHAPE.vocab_size))
+    logits = jax.jit(lambda hidden: compute_logits(weights, hidden, SHAPE.vocab_size).T)
     nothing, prefix = make_cache(NETWORK, 1, 0), make_cache(NETWORK, 1, shared)
     if shared:
         first = jnp.asarray(tokens[:1, :shared])
@@ -99,11 +99,10 @@ def test_cached_states_are_those_of_the_full_pass_at_every_step(params, shared):
     assert compared == sum(lengths) - sum(prompts) - 3 * shared
 
 
-@pytest.mark.parametrize("head_rows", [1, 36, 48, 96])
-def test_logits_in_parts_are_the_logits(params, head_rows):
+def test_what_is_no_token_has_no_logit(params):
     states = jax.random.normal(jax.random.key(1), (5, SHAPE.hidden_size))
     want = np.asarray(states @ head_table(params).T, np.float64)
-    got = compute_logits(split_layers(params), states, USED, head_rows)
+    got = compute_logits(split_layers(params), states, USED).T
     np.testing.assert_allclose(got[:, :USED], want[:, :USED], rtol=0, atol=1e-5)
     assert np.isneginf(got[:, USED:]).all()
 
@@ -164,7 +163,7 @@ def expected(params):
         hidden = forward(NETWORK, params, tokens[None], one, 0 * one, positions)
         logits = hidden[0, length - 1] @ head_table(params).T
         logits = jnp.where(jnp.arange(SHAPE.vocab_size) < USED, logits, -jnp.inf)[None]
-        token, logp = choose(logits, draw, index[None], jnp.ones(1, bool))
+        token, logp = choose(logits.T, draw, index[None], jnp.ones(1, bool))
         return token[0], logp[0]
 
     def complete(request):
@@ -278,7 +277,7 @@ def _draw(temperature, top_k=0, top_p=1.0, seed=11):
         jnp.full(DRAWS, top_k),
         jnp.full(DRAWS, top_p),
     )
-    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, LOGITS.size))
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS)[:, None], (LOGITS.size, DRAWS))
     index = jnp.arange(DRAWS, dtype=jnp.int32)
     return jax.jit(choose)(logits, draw, index, jnp.ones(DRAWS, bool))
 
@@ -328,7 +327,7 @@ def test_no_temperature_takes_the_first_of_the_best():
     logits = jnp.asarray([[0.0, 2.0, 2.0, -1.0], [-jnp.inf, -3.0, -4.0, -3.0]])
     zero = jnp.zeros(2)
     draw = Draw(zero.astype(jnp.uint32), zero, zero.astype(jnp.int32), zero + 1)
-    token, _ = choose(logits, draw, jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    token, _ = choose(logits.T, draw, jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
     assert token.tolist() == [1, 1]
 
 

@@ -274,7 +274,8 @@ def test_cached_decoding_knows_adapters_and_quantised_kernels(quantize):
     one = jnp.ones_like(tokens)
     positions = jnp.tile(jnp.arange(9, dtype=jnp.int32), (2, 1))
     want = jax.jit(partial(forward, network))(params, tokens, one, 0 * one, positions)
-    weights, own, none = split_layers(params), make_cache(network, 2, 9), make_cache(network, 1, 0)
+    weights = split_layers(params, turned=True)
+    own, none = make_cache(network, 2, 9), make_cache(network, 1, 0)
     step = jax.jit(partial(forward_cached, network, weights))
     for begin, end in ((0, 5), (5, 9)):
         start = jnp.full(2, begin, jnp.int32)

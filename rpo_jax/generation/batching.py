@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,9 +23,9 @@ from rpo_jax.generation.slots import (
 )
 from rpo_jax.model.cache import split_layers
 from rpo_jax.model.qwen2 import Network, Params
+from rpo_jax.sharding.mesh import is_one_cpu
 
 SLOTS = 16  # completions at a time, where nothing else is said
-_HEAD_BYTES = 2**21  # of the head that a CPU multiplies at a time
 _ROUND = 64  # sizes of prefix and cache are multiples: similar jobs share their compiled programs
 
 Generate = Callable[..., Iterator[Completion]]
@@ -72,10 +71,7 @@ def make_generate(
             f"{network.shape.vocab_size} rows: they do not belong together"
         )
     ends = tuple(sorted({tokenizer.eos_id, *end_ids}))
-    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    row_bytes = network.shape.hidden_size * jnp.dtype(network.compute_dtype).itemsize
-    head_rows = max(_HEAD_BYTES // row_bytes, 1) if one_cpu else 0
-    model = Model(network, tokenizer.vocab_size, ends, chunk, head_rows)
+    model = Model(network, tokenizer.vocab_size, ends, chunk)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     slots = _round_up(slots, shards)
     group = _round_up(max(slots // 4, 1), shards)
@@ -91,7 +87,7 @@ def make_generate(
         own = max(len(r.prompt_ids) + r.settings.max_tokens for r in waiting) - len(shared)
         longest = _round_up(max(r.settings.max_tokens for r in waiting), _ROUND)
         with jax.set_mesh(mesh):
-            params = split_layers(params)
+            params = split_layers(params, turned=is_one_cpu(mesh))
             prefix = read_prefix(replace(model, chunk=chunk * group), params, shared)
             cache, rows = make_slots(model, slots, _round_up(own, _ROUND), longest)
         running: dict[int, Request] = {}

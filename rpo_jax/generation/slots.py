@@ -54,14 +54,12 @@ class Model:
         used_vocab: rows of the head from here on are no tokens and are never drawn.
         end_ids: tokens that end a completion.
         chunk: prompt tokens of a row that go through the network at a time.
-        head_rows: see `compute_logits`.
     """
 
     network: Network
     used_vocab: int
     end_ids: tuple[int, ...]
     chunk: int
-    head_rows: int
 
 
 def _empty_rows(rows: int, longest: int) -> Rows:
@@ -215,8 +213,8 @@ def _read(
 
 def _advance(model: Model, params: Params, x_BD: Array, rows: Rows) -> Rows:
     """One more token for each active row, drawn by the state that predicts it."""
-    logits_BV = compute_logits(params, x_BD, model.used_vocab, model.head_rows)
-    token_B, logp_B = choose(logits_BV, rows.draw, rows.count_B, rows.active_B)
+    logits_VB = compute_logits(params, x_BD, model.used_vocab)
+    token_B, logp_B = choose(logits_VB, rows.draw, rows.count_B, rows.active_B)
     place_BG = jnp.arange(rows.tokens_BG.shape[1]) == rows.count_B[:, None]
     place_BG &= rows.active_B[:, None]
     count_B = rows.count_B + rows.active_B

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rpo_jax.model.quantize import count_inputs, turn
 from rpo_jax.model.qwen2 import (
     Network,
     Params,
@@ -22,6 +23,7 @@ from rpo_jax.model.qwen2 import (
 )
 from rpo_jax.sharding.rules import constrain
 
+_KERNEL = jax.tree_util.DictKey("kernel")
 CACHE_AXES = ("batch", "act_kv_heads", None, None)
 
 
@@ -46,31 +48,35 @@ def make_cache(network: Network, rows: int, capacity: int) -> Cache:
     return tuple(KeysValues(empty(), empty()) for _ in range(shape.num_hidden_layers))
 
 
-def split_layers(params: Params, give_up: bool = False) -> Params:
+def split_layers(params: Params, give_up: bool = False, turned: bool = False) -> Params:
     """The weights with their layers apart, as `forward_cached` takes them.
 
     The layers are copied, the rest is shared; weights that are apart already come back as they are.
-    With `give_up` the stacked arrays are deleted one by one: never are two of them there twice.
+
+    Args:
+        params: of a `Network`.
+        give_up: the stacked arrays are deleted one by one: never are two of them there twice.
+        turned: kernels become `Turned`; for one CPU.
     """
     if isinstance(params["layers"], tuple):
         return params
-    whole = {name: part for name, part in params.items() if name not in ("layers", "lora")}
-    stacked = layer_variables(params)
-    if not give_up:
-        return whole | {"layers": _unstack(stacked)}
-    leaves, tree = jax.tree.flatten(stacked)
-    apart: list[tuple[Array, ...]] = []
-    for leaf in leaves:
-        apart.append(jax.block_until_ready(_unstack(leaf)))
-        leaf.delete()
+    leaves, tree = jax.tree.flatten_with_path(layer_variables(params))
+    apart = []
+    for path, leaf in leaves:
+        # The last key of a quantised kernel is its part.
+        inputs = count_inputs(path[-2].key) if turned and path[-1] == _KERNEL else 0
+        apart.append(_unstack(leaf, inputs))
+        if give_up:
+            jax.block_until_ready(apart[-1])
+            leaf.delete()
     layers = tuple(jax.tree.unflatten(tree, layer) for layer in zip(*apart, strict=True))
-    return {**whole, "layers": layers}
+    whole = {name: part for name, part in params.items() if name not in ("layers", "lora")}
+    return whole | {"layers": layers}
 
 
-@jax.jit
-def _unstack(stacked: Any) -> tuple[Any, ...]:
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+@partial(jax.jit, static_argnums=1)
+def _unstack(stacked: Array, turned_inputs: int) -> tuple[Any, ...]:
+    return tuple(turn(leaf, turned_inputs) if turned_inputs else leaf for leaf in stacked)
 
 
 def forward_cached(
@@ -106,42 +112,25 @@ def forward_cached(
 
 
 def compute_logits(
-    params: Params, x_BD: Float[Array, "B D"], used_vocab: int, head_rows: int = 0
-) -> Float[Array, "B V"]:
+    params: Params, x_BD: Float[Array, "B D"], used_vocab: int
+) -> Float[Array, "V B"]:
     """Float32 logits; -inf for rows of the head from `used_vocab` on, which are no tokens.
+
+    The vocabulary goes first, as the head lies: a CPU multiplies so up to twice as fast, and what
+    reads the logits has the rows side by side. The barriers hold the compiler to that.
 
     Args:
         params: from `split_layers`.
         x_BD: states that predict a token.
         used_vocab: number of tokens.
-        head_rows: of the head at a time; 0: all. On a CPU a product with a few thousand rows, which
-            stay in its cache, is several times as fast as one with all of them.
     """
     table_VD = head_table(params).astype(x_BD.dtype)
-    vocab = table_VD.shape[0]
     x_DB = jax.lax.optimization_barrier(x_BD.T)
-    is_token_V = jnp.arange(vocab) < used_vocab
-
-    def multiply(table_WD: Array, is_token_W: Array) -> Array:
-        # The table goes first, as it lies; behind the few rows it is slower. The barrier keeps the
-        # compiler from turning the product round.
-        logits_WB = jnp.einsum("wd,db->wb", table_WD, x_DB, preferred_element_type=jnp.float32)
-        return jnp.where(is_token_W, jax.lax.optimization_barrier(logits_WB).T, -jnp.inf)
-
-    def fill(i: Array, logits_BV: Array) -> Array:
-        start = jnp.minimum(i * head_rows, vocab - head_rows)  # the last ones may overlap
-        part_WD, is_token_W = (
-            jax.lax.dynamic_slice_in_dim(x, start, head_rows) for x in (table_VD, is_token_V)
-        )
-        return jax.lax.dynamic_update_slice(logits_BV, multiply(part_WD, is_token_W), (0, start))
-
-    if 0 < head_rows < vocab:
-        empty_BV = jnp.zeros((x_BD.shape[0], vocab), jnp.float32)
-        logits_BV = jax.lax.fori_loop(0, -(-vocab // head_rows), fill, empty_BV)
-    else:
-        logits_BV = multiply(table_VD, is_token_V)
-    # Or each reader would transpose anew.
-    return constrain(jax.lax.optimization_barrier(logits_BV), "batch", "act_vocab")
+    logits_VB = jnp.einsum("vd,db->vb", table_VD, x_DB, preferred_element_type=jnp.float32)
+    if used_vocab < table_VD.shape[0]:
+        is_token_V = jnp.arange(table_VD.shape[0]) < used_vocab
+        logits_VB = jnp.where(is_token_V[:, None], logits_VB, -jnp.inf)
+    return constrain(jax.lax.optimization_barrier(logits_VB), "act_vocab", "batch")
 
 
 def _write(past_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:

@@ -5,6 +5,7 @@ Source: arXiv:2305.14314 (QLoRA, nf4); the quantiser is qwix.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,6 +29,23 @@ _NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Turned:
+    """A kernel of one layer with its outputs first: [*outputs, inputs].
+
+    One CPU multiplies a few rows by it up to 1.7 times as fast.
+    """
+
+    kernel: Float[Array, "..."]
+
+
+def turn(kernel: Float[Array, "..."], inputs: int) -> Turned:
+    """The kernel [*inputs, *outputs] turned."""
+    contracted = math.prod(kernel.shape[:inputs])
+    return Turned(kernel.reshape(contracted, -1).T.reshape(*kernel.shape[inputs:], contracted))
 
 
 def count_inputs(name: str) -> int:
@@ -106,6 +124,8 @@ def multiply(
     between the two is the quantised form. `axes` are the kernel's logical ones; its wide form lies
     where its codes do.
     """
+    if isinstance(kernel, Turned):
+        return _turned_product(x, kernel.kernel.astype(x.dtype), inputs)
     if not is_quantized(kernel):
         return _product(x, kernel.astype(x.dtype), inputs)
 
@@ -124,3 +144,11 @@ def _product(x: Array, kernel: Array, inputs: int) -> Array:
     contracted = math.prod(kernel.shape[:inputs])
     y = x.reshape(-1, contracted) @ kernel.reshape(contracted, -1)
     return y.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])
+
+
+def _turned_product(x: Array, kernel: Array, inputs: int) -> Array:
+    """The same by a turned kernel; the barriers keep the compiler from turning it round."""
+    contracted = kernel.shape[-1]
+    x_CM = jax.lax.optimization_barrier(x.reshape(-1, contracted).T)
+    y_OM = jax.lax.optimization_barrier(kernel.reshape(-1, contracted) @ x_CM)
+    return y_OM.T.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[:-1])

@@ -28,7 +28,7 @@ from rpo_jax.model.lora import (
     seed_dropout,
     take_rows,
 )
-from rpo_jax.model.quantize import is_quantized, multiply, quantize_layers
+from rpo_jax.model.quantize import Turned, is_quantized, multiply, quantize_layers
 from rpo_jax.model.remat import INPUT, make_policy
 from rpo_jax.model.shape import ModelShape
 from rpo_jax.sharding.rules import constrain, gathered
@@ -76,7 +76,13 @@ def make_network(shape: ModelShape, config: ModelConfig, lora: Lora) -> Network:
 
 
 def _weight(module: Any, name: str, init: Any, axes: Mapping[str, int]) -> Any:
-    """A parameter of a module, with its logical axes and their sizes; an array or a `QArray`."""
+    """A parameter of a module, with its logical axes and their sizes; an array or a `QArray`.
+
+    Or a `Turned` kernel, whose shape is not the module's.
+    """
+    held = module.get_variable("params", name)
+    if isinstance(held, Turned):
+        return held
     boxed = nn.with_logical_partitioning(init, tuple(axes))
     return module.param(name, boxed, tuple(axes.values()), module.param_dtype)
 
@@ -336,6 +342,8 @@ def _gather(network: Network, weights: Params) -> Params:
     """
 
     def one(axes: tuple[str, ...], leaf: Any) -> Any:
+        if isinstance(leaf, Turned):
+            return leaf  # of one device
         if not is_quantized(leaf) and leaf.dtype != network.compute_dtype:
             # Behind a barrier, or the compiler casts all layers before the first one is computed
             # and has the weights lie there twice.

@@ -69,6 +69,11 @@ _TPU_OPTIONS = {
 }
 
 
+def is_one_cpu(mesh: jax.sharding.Mesh) -> bool:
+    """Whether all is computed by one CPU device."""
+    return bool(mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
+
+
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
     """What the compiler of the mesh's devices is asked for, beyond its defaults.
 

@@ -1,7 +1,7 @@
 """A finished model, opened for use: network, weights on a mesh, tokenizer."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.tokenizer import Tokenizer, read_tokenizer
 from rpo_jax.errors import UserError
+from rpo_jax.model.cache import split_layers
 from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.model.shape import ModelShape, load_shape
-from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.mesh import is_one_cpu, make_mesh
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.state import abstract_weights
 
@@ -76,6 +77,13 @@ def open_model(
     with jax.set_mesh(placed):
         step, params = load_params(folder, abstract_weights(network, placed), step)
     return Opened(folder, step, network, params, tokenizer, placed, read_end_ids(folder))
+
+
+def take_apart(model: Opened) -> Opened:
+    """The model with its layers apart, as generation takes them; the stacked ones are given up."""
+    with jax.set_mesh(model.mesh):
+        params = split_layers(model.params, give_up=True, turned=is_one_cpu(model.mesh))
+    return replace(model, params=params)
 
 
 def read_end_ids(folder: Path) -> tuple[int, ...]:

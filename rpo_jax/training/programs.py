@@ -125,9 +125,8 @@ def _decode(work: Workload) -> Job:
     config, mesh = work.config, work.mesh
     dtype = config.model.compute_dtype
     network = replace(work.network.base, param_dtype=dtype, compute_dtype=dtype)
-    model = Model(
-        network, config.model.used_vocab_size or network.shape.vocab_size, (0,), 32, head_rows=0
-    )
+    used_vocab = config.model.used_vocab_size or network.shape.vocab_size
+    model = Model(network, used_vocab, (0,), chunk=32)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     slots = -(-SLOTS // shards) * shards
     written = config.data.response_length
