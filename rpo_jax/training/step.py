@@ -144,8 +144,16 @@ def define_step(work: Workload, tx: optax.GradientTransformation) -> Step:
             )
             return TrainState(state.step + 1, params, optimizer)
 
-        # A branch, not a choice between old and new values: that would hold a copy of the old ones.
-        new = jax.lax.cond(finite, take, lambda state: state, state)
+        def choose(state: TrainState) -> TrainState:
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), take(state), state)
+
+        # On CPU a choice between old and new values would hold a copy of the old ones. On a TPU
+        # it is fused with the update, and a branch would hold one: arrays lie in it as it likes.
+        new = jax.lax.platform_dependent(
+            state,
+            cpu=lambda state: jax.lax.cond(finite, take, lambda state: state, state),
+            default=choose,
+        )
         return new, means | {
             "loss": loss,
             "grad_norm": grad_norm,
