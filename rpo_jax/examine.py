@@ -227,34 +227,10 @@ def make_dev_looks(
     Raises:
         UserError: a year is asked for that tests, or that the run trains on; or as `lay_out`.
     """
-    asked = config.exam
-    if not asked.name:
+    if not config.exam.name:
         return []
-    exam = find_exam(asked.name)
-    igakuqa = config.data.igakuqa
-    source = config.data.sample.exam if config.data.source == "candidates" else config.data.source
-    trained = igakuqa.train_years if source == exam.name != "fictional" else ()
-    allowed = tuple(year for year in exam.dev_years if year not in trained)
-    years = asked.years or allowed
-    if not years or not set(years) <= set(allowed):
-        raise UserError(
-            f"exam.years={years}: a model in training is asked dev questions only, none that test "
-            f"it and none that it is trained on; of {exam.name} these years are left: "
-            f"{', '.join(map(str, allowed)) or 'none'}"
-        )
-    tokens = {ANSWER_ONLY: asked.answer_tokens, EXPLAIN_FIRST: asked.explain_tokens}
-    plan = Plan(
-        exam,
-        directory=asked.directory,
-        years=years,
-        limit=asked.questions,
-        modes=asked.modes,
-        shots=exam.shots,
-        drawing=Drawing(tokens),
-        weigh=False,
-        slots=asked.slots,
-    )
-    paper = lay_out(plan, config if source == "fictional" else None)
+    plan = plan_dev_exam(config)
+    paper = lay_out(plan, config if _find_source(config) == "fictional" else None)
 
     def measure(params: Params, step: int) -> dict[str, float]:
         model = Opened(
@@ -271,8 +247,44 @@ def make_dev_looks(
         }
 
     best = config.checkpoint.best
-    logged = name_score(asked.modes[0])
-    return [Look(asked.every_steps, measure, logged, name_score(best) if best else "")]
+    logged = name_score(plan.modes[0])
+    return [Look(config.exam.every_steps, measure, logged, name_score(best) if best else "")]
+
+
+def plan_dev_exam(config: Config) -> Plan:
+    """How a config's dev exam is asked.
+
+    Raises:
+        UserError: a year is asked for that tests, or that the run trains on.
+    """
+    asked, exam = config.exam, find_exam(config.exam.name)
+    learns = _find_source(config) == exam.name != "fictional"
+    trained = config.data.igakuqa.train_years if learns else ()
+    allowed = tuple(year for year in exam.dev_years if year not in trained)
+    years = asked.years or allowed
+    if not years or not set(years) <= set(allowed):
+        raise UserError(
+            f"exam.years={years}: a model in training is asked dev questions only, none that test "
+            f"it and none that it is trained on; of {exam.name} these years are left: "
+            f"{', '.join(map(str, allowed)) or 'none'}"
+        )
+    return Plan(
+        exam,
+        directory=asked.directory,
+        years=years,
+        limit=asked.questions,
+        modes=asked.modes,
+        shots=exam.shots,
+        drawing=Drawing({ANSWER_ONLY: asked.answer_tokens, EXPLAIN_FIRST: asked.explain_tokens}),
+        weigh=False,
+        slots=asked.slots,
+    )
+
+
+def _find_source(config: Config) -> str:
+    """The exam or world that a run learns from."""
+    data = config.data
+    return data.sample.exam if data.source == "candidates" else data.source
 
 
 def _name_scores(mode: str, score: dict[str, Any]) -> dict[str, float]:

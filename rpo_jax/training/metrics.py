@@ -114,6 +114,8 @@ class MetricLog:
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
+        if config.wandb_project:
+            self._wandb = _start_wandb(config.wandb_project, folder, run)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
         temporary.replace(path)
@@ -124,8 +126,6 @@ class MetricLog:
 
             logdir = str(folder / "tensorboard")
             self._tensorboard = SummaryWriter(logdir, purge_step=step + 1, flush_secs=30)
-        if config.wandb_project:
-            self._wandb = _start_wandb(config.wandb_project, folder, run)
 
     def has(self, step: int, name: str) -> bool:
         """Whether a scalar of that name is logged under a step; the same on every process."""

@@ -246,7 +246,10 @@ def find_checkpoints(folder: epath.Path) -> epath.Path:
 
 def place_checkpoints(folder: epath.Path, directory: str) -> epath.Path:
     """Where the checkpoints of a run go; see `checkpoint.directory` of its config."""
-    return epath.Path(directory) / folder.name if directory else folder / CHECKPOINTS
+    if not directory:
+        return folder / CHECKPOINTS
+    root = epath.Path(directory)
+    return (root if is_remote(root) else root.resolve()) / folder.name
 
 
 def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arrays:
