@@ -15,7 +15,7 @@ import pytest
 from rpo_jax import cli, study
 from rpo_jax.config import Checkpoint
 from rpo_jax.data.records import open_records
-from rpo_jax.evaluate import measure_run
+from rpo_jax.evaluate import format_result, measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
 from rpo_jax.training.checkpoint import open_checkpoints
@@ -132,13 +132,12 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     assert {"tokens_per_s", "tflops", "reward_accuracy", "preference_accuracy"} <= with_rates.keys()
 
     # evaluate finds the same numbers in the checkpoint
-    cli.run(measure_run, ["evaluate", f"--config={RPO}", *arguments], json="")
-    shown = f"{after['nll']:.4f}  nats/token; of pairs, of the chosen response"
-    assert shown in capsys.readouterr().out
     evaluated = ["evaluate", f"--config={RPO}", *arguments, "--json"]
     cli.run(measure_run, evaluated, json="")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["step"] == 12
+    shown = f"{after['nll']:.4f}  nats/token; of pairs, of the chosen response"
+    assert shown in format_result(result)
     for name, value in after.items():
         np.testing.assert_allclose(result["heldout"][name], value, rtol=1e-6, atol=1e-6)
 
@@ -147,7 +146,7 @@ def test_a_run_tells_what_it_forgets_and_what_it_was_made_of(workdir):
     folder = workdir / "fictional-base"
     summary = json.loads((folder / "summary.json").read_text())
     before, after = summary["heldout"]["before"], summary["heldout"]["after"]
-    records = open_records(summary["paths"]["records"])
+    records = open_records(Path(summary["paths"]["records"]))
     seen = sum(int((record["segment_ids"] > 0).sum()) for record in records)
     assert summary["trained_on"]["read"] == 40 * 8
     assert summary["trained_on"]["tokens"] == round(320 / len(records) * seen)
