@@ -57,7 +57,7 @@ __all__ = ["workdir"]  # the fixture
 ELSEWHERE = {
     "name": ("test_train.py", "name="),
     "init_from": ("test_train.py", "init_from="),
-    "lora.previous": ("test_lora.py", '"lora__previous"'),
+    "lora.previous": ("test_lora_runs.py", '"lora__previous"'),
     "data.workers": ("test_text_sets.py", "workers="),
     "workdir": ("test_train.py", "workdir"),
     "exam.name": ("test_dev_exam.py", "exam__name"),
