@@ -293,9 +293,7 @@ def clashing(corpus, tmp_path):
 def name_both(folder):
     """Of two clashes the one that comes first in the input."""
     one, two = (re.escape(f"{folder}/medical.jsonl:{line}") for line in (10, 509))
-    return (
-        f"^{two}: the id 'm9' is that of {one}; name them apart, or .*data.corpus.id_field=''\\)$"
-    )
+    return f"^{two}: id 'm9' occurs twice, first at {one}; name .*data.corpus.id_field=''\\)$"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -43,8 +43,8 @@ def check_names(plan: Plan, names: Sequence[UInt64[np.ndarray, "..."]]) -> None:
 def name_clash(name: str, first: str, second: str) -> UserError:
     """The complaint about an id that stands in two places."""
     return UserError(
-        f"{second}: the id {name!r} is that of {first}; name them apart, or name all documents by "
-        "file and line (--config.data.corpus.id_field='')"
+        f"{second}: id {name!r} occurs twice, first at {first}; name them apart, or all documents "
+        "by file and line (--config.data.corpus.id_field='')"
     )
 
 
