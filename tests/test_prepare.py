@@ -171,6 +171,9 @@ def test_pairs_hold_the_preferences_of_the_world(world):
         assert found == read_lines(folder / f"pairs_{split}.jsonl")
         for record in open_records(directory):
             assert record["chosen_ids"][-1] == record["rejected_ids"][-1] == tokenizer.eos_id
+    shown = show_records(prepared.by_split(), "heldout:0", tokenizer, colour=True)
+    for style, name in (("2", "prompt"), ("32", "chosen"), ("31", "rejected")):
+        assert f"\033[{style}m{found[0][name]}\033[0m" in shown
 
 
 def test_records_are_reused_exactly_when_nothing_changed(world, caplog):
