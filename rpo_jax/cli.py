@@ -186,17 +186,48 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
     Raises:
         UserError: there is none, it fails, or yields something else.
     """
-    try:
-        module = runpy.run_path(path.split(":", 1)[0])
-        found = module.get("sweep")
-        points = list(found()) if callable(found) else None
-    except Exception as error:
-        raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
-    if points is None:
-        raise UserError(f"{path}: a function sweep() is wanted, which yields overrides a point")
+    points = _list_yields(path, "sweep", (), "overrides a point")
     if not points or not all(isinstance(point, dict) and point for point in points):
         raise UserError(f"{path}: sweep() must yield dicts like {{'rpo.alpha': 0.5}}, one at least")
     return points
+
+
+def load_arms(path: str) -> dict[str, dict[str, Any]]:
+    """The arms of a study by name: what a config file's `arms()` yields, dotted overrides each.
+
+    It takes an argument as `get_config()` does, which stands after a colon behind the path.
+
+    Raises:
+        UserError: there is none, it fails, yields something else, or a name twice.
+    """
+    argument = path.partition(":")[2]
+    found = _list_yields(
+        path, "arms", (argument,) if argument else (), "a name and overrides an arm"
+    )
+    if not found or not all(
+        isinstance(arm, tuple) and list(map(type, arm)) == [str, dict] for arm in found
+    ):
+        raise UserError(
+            f"{path}: arms() must yield pairs like 'dpo', {{'rpo.alpha': 0.0}}, one at least"
+        )
+    arms = dict(found)
+    if len(arms) < len(found):
+        raise UserError(
+            f"{path}: arms() yields a name more than once: {[name for name, _ in found]}"
+        )
+    return arms
+
+
+def _list_yields(path: str, function: str, arguments: Sequence[str], what: str) -> list[Any]:
+    """What a function of a config file yields."""
+    try:
+        found = runpy.run_path(path.partition(":")[0]).get(function)
+        yields = list(found(*arguments)) if callable(found) else None
+    except Exception as error:
+        raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
+    if yields is None:
+        raise UserError(f"{path}: a function {function}() is wanted, which yields {what}")
+    return yields
 
 
 def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:

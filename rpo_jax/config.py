@@ -536,6 +536,19 @@ class Rounds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms side by side, `rpo_jax.study`; `exam` says how all of them are asked."""
+
+    worlds: tuple[int, ...] = option(
+        (0,), "data.fictional.seed of each world; from 1000 on they are kept for what is reported"
+    )
+    seeds: tuple[int, ...] = option(
+        (0,), "of each world; what starts from random weights is trained once, with the first"
+    )
+    start: str = option("cpt", "the arm that others are compared with, question by question")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -560,6 +573,7 @@ class Config:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
     rounds: Rounds = dataclasses.field(default_factory=Rounds)
+    study: Study = dataclasses.field(default_factory=Study)
 
     @property
     def folder(self) -> Path:

@@ -1,57 +1,285 @@
-"""Runs stages one after the other: `python -m rpo_jax.study`, by default on the embedded world."""
+"""The paper's comparison in the embedded world: `python -m rpo_jax.study`.
+
+A study's config file has, beside `get_config()` for what its runs share, a function `arms()` that
+yields a name and dotted overrides an arm. `init_from` names the arm that another one starts from:
+
+    def arms():
+        yield "base", {"stage": "cpt", "init_from": "", ...}
+        yield "cpt", {"stage": "cpt", "init_from": "base", ...}
+        yield "dpo", {"init_from": "cpt", "rpo.alpha": 0.0}
+
+In each world of `study.worlds` and with each seed of `study.seeds` every arm is a run of its own,
+`runs/<name>-world0-dpo-seed0`; one from random weights is trained once a world. Pairs are made of
+answers that the arm's start gives, so arms with one start train on the same. Then every run answers
+the test questions of its world, at once and after explaining, as `exam` says. Finished runs and
+answers are kept, whatever was stopped goes on. Tables (JSON, CSV) and figures go to `runs/<name>/`.
+"""
 
 import argparse
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rpo_jax import cli
-from rpo_jax.config import Config
+from rpo_jax.config import MODES, Config, Exam
+from rpo_jax.data.records import digest
+from rpo_jax.errors import UserError
+from rpo_jax.examine import Plan, lay_out, take_exam
+from rpo_jax.exams.arms import Sat, compare_arms
+from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, Drawing
+from rpo_jax.exams.exam import find_exam
+from rpo_jax.exams.fictional import is_test_world
+from rpo_jax.exams.report import mark_sitting
+from rpo_jax.exams.tables import format_table
+from rpo_jax.iterate import run_round
+from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
+from rpo_jax.training.figures import draw_arms, draw_log_ratios
+from rpo_jax.training.results import Point, Row, average, collect, write_results
+from rpo_jax.training.run import write_json
 
-STAGES = ("configs/fictional_base.py", "configs/fictional_cpt.py", "configs/fictional_rpo.py")
+DEFAULT = "configs/study.py"
+_SHOWN = {  # held-out measures, where a stage has them
+    "nll": "nats/token",
+    "preference_accuracy": "preference accuracy",
+    "margin": "margin, nats",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm in one world with one seed."""
+
+    arm: str
+    config: Config
 
 
 def main(argv: list[str]) -> None:
-    """Trains stage after stage, each from the one before, and shows what each one changed."""
-    parser = argparse.ArgumentParser(prog="python -m rpo_jax.study", description=main.__doc__)
-    parser.add_argument(
-        "stages", nargs="*", default=STAGES, metavar="CONFIG.py", help="default: %(default)s"
-    )
-    parser.epilog = (
-        "--config.field=value overrides a field in every stage; finished stages are kept"
-    )
-    args, overrides = parser.parse_known_args(argv)
-    configs = [cli.load_config(path, overrides) for path in args.stages]
-    summaries = []
-    for number, config in enumerate(configs, start=1):
-        logging.info("\n== stage %d of %d: %s", number, len(configs), config.name)
-        started = time.perf_counter()
-        summaries.append(train(build(config)))
-        logging.info("\n%s\n%.0f s", format_summary(summaries[-1]), time.perf_counter() - started)
-    print(format_study(configs, summaries))
+    """Trains and examines every arm of a study, and shows all of them side by side."""
+    path, overrides = _parse(argv)
+    shared, runs = read_study(path, overrides)
+    logging.info("%s", describe(shared, runs))
+    began, sats = time.perf_counter(), []
+    for number, run in enumerate(runs, start=1):
+        told = f"run {number} of {len(runs)}, {run.config.name}"
+        logging.info("\n== %s (%.0f s so far)", told, time.perf_counter() - began)
+        train_run(run.config)
+        sats.append(examine(shared, run))
+    print(report(shared, runs, sats))
 
 
-def format_study(configs: list[Config], summaries: list[dict[str, Any]]) -> str:
-    """One table of all stages: the held-out measures a reader asks for, before and after each."""
-    shown = {
-        "nll": "held-out nats/token",
-        "preference_accuracy": "preference accuracy",
-        "reward_accuracy": "reward accuracy",
-        "margin": "margin, nats",
+def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
+    """What the runs of a study share, and its runs, each after the one that it starts from.
+
+    Args:
+        path: of the config file; an argument of its functions may follow after a colon.
+        overrides: of every run, as on a command line.
+
+    Raises:
+        UserError: the file has no `arms()`, an arm starts from one that does not come before it, or
+            a config is refused.
+    """
+    shared = cli.load_config(path, overrides)
+    arms = {
+        name: cli.load_config(
+            path, [*(f"--config.{x}={y}" for x, y in changes.items()), *overrides]
+        )
+        for name, changes in cli.load_arms(path).items()
     }
-    lines = ["", f"{'stage':<18}{'held out':<24}{'before':>10}{'after':>10}"]
-    for config, summary in zip(configs, summaries, strict=True):
-        before, after = summary["heldout"]["before"], summary["heldout"]["after"]
-        for name, text in shown.items():
-            if name in after:
-                text = "chosen nats/token" if (name, config.stage) == ("nll", "rpo") else text
-                lines.append(
-                    f"{config.name:<18}{text:<24}{before[name]:>10.4f}{after[name]:>10.4f}"
+    if shared.study.start not in arms:
+        raise UserError(f"study.start={shared.study.start!r} is none of {', '.join(arms)}")
+    before: list[str] = []
+    for name, config in arms.items():
+        if config.init_from and config.init_from not in before:
+            raise UserError(
+                f"{path}: {name} starts from {config.init_from!r}, which is no arm before it "
+                f"({', '.join(before) or 'there is none'})"
+            )
+        before.append(name)
+    runs = [
+        _place(shared, name, arms, world, seed)
+        for world in shared.study.worlds
+        for place, seed in enumerate(shared.study.seeds)
+        for name, config in arms.items()
+        if config.init_from or place == 0
+    ]
+    return shared, runs
+
+
+def _place(shared: Config, arm: str, arms: Mapping[str, Config], world: int, seed: int) -> Run:
+    """An arm in a world, with a seed."""
+
+    def name_run(name: str) -> str:
+        own = f"-seed{seed}" if arms[name].init_from else ""
+        return f"{shared.name}-world{world}-{name}{own}"
+
+    config = arms[arm]
+    fictional = replace(config.data.fictional, seed=world)
+    return Run(
+        arm,
+        replace(
+            config,
+            name=name_run(arm),
+            seed=seed,
+            init_from=name_run(config.init_from) if config.init_from else "",
+            data=replace(config.data, fictional=fictional),
+            exam=config.exam if config.exam.name else Exam(),
+        ),
+    )
+
+
+def describe(shared: Config, runs: Sequence[Run]) -> str:
+    """What a study is about to do, in words."""
+    kinds = {
+        "test worlds, kept for what is reported": [
+            w for w in shared.study.worlds if is_test_world(w)
+        ],
+        "dev worlds, to be tuned on": [w for w in shared.study.worlds if not is_test_world(w)],
+    }
+    worlds = "; ".join(
+        f"{what}: {', '.join(map(str, found))}" for what, found in kinds.items() if found
+    )
+    arms = ", ".join(dict.fromkeys(run.arm for run in runs))
+    return f"{shared.name}: {len(runs)} runs\n{worlds}\narms: {arms}"
+
+
+def train_run(config: Config) -> None:
+    """Trains a run that is not finished, on pairs of sampled answers if it says so."""
+    if is_finished(config):
+        logging.info("%s: finished", config.folder)
+    elif config.data.source == "candidates":
+        run_round(config)
+    else:
+        logging.info("\n%s", format_summary(train(build(config))))
+
+
+def examine(shared: Config, run: Run) -> Sat:
+    """Has a run answer the test questions of its world, in both ways; what is there is kept."""
+    asked = shared.exam
+    drawing = Drawing({ANSWER_ONLY: asked.answer_tokens, EXPLAIN_FIRST: asked.explain_tokens})
+    exam = find_exam("fictional")
+    plan = Plan(
+        exam,
+        limit=asked.questions,
+        shots=exam.shots,
+        drawing=drawing,
+        weigh=False,
+        slots=asked.slots,
+        mesh=run.config.mesh,
+    )
+    setting = digest([plan.limit, *drawing.max_tokens.values()])[:8]
+    out = run.config.folder / "exams" / f"study-{run.config.train.steps}-{setting}"
+    take_exam(run.config.folder, replace(plan, out=str(out)))
+    marks = mark_sitting(exam, out, lay_out(plan, run.config).questions)
+    return Sat(
+        run.arm,
+        run.config.data.fictional.seed,
+        run.config.seed,
+        {mode: marks[mode][0] for mode in MODES},
+    )
+
+
+def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
+    """Writes tables and figures of a study into its folder; returns the tables to show."""
+    folder, start = shared.folder, shared.study.start
+    points = [Point({"arm": run.arm}, run.config) for run in runs]
+    rows: list[Row] = [
+        {"world": sat.world, "seed": sat.seed, **row, **sat.scores()}
+        for row, sat in zip(collect(points), sats, strict=True)
+    ]
+    compared = compare_arms(sats, start)
+    paths = write_results(folder, rows)
+    write_json(folder / "arms.json", compared)
+    paths += [folder / "arms.json", draw_arms(folder / "arms.png", compared, rows)]
+    from_start = [
+        Point({"rpo.alpha": run.config.rpo.alpha}, run.config)
+        for run in runs
+        if run.config.init_from
+        and run.config.stage == "rpo"
+        and run.config.rpo.has_reference
+        and next(one.arm for one in runs if one.config.name == run.config.init_from) == start
+    ]
+    if from_start:
+        drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "rpo.alpha")
+        paths += [drawn] if drawn else []
+    tables = [format_heldout(rows), format_arms(compared, rows), *_say_seeds(rows)]
+    return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
+
+
+def format_heldout(rows: Sequence[Row]) -> str:
+    """What each arm's training changed on held-out data; the mean over its runs."""
+    table = [["trained", "held out", "before", "after"]]
+    for arm, own in _by_arm(rows).items():
+        for name, text in _SHOWN.items():
+            if name in own[0]:
+                what = "chosen nats/token" if (name, "margin" in own[0]) == ("nll", True) else text
+                before, after = (
+                    average(own, ["arm"], f"{name}{end}")[arm,] for end in ("_before", "")
                 )
-    paths = [f"{summary['name']:<18}{summary['paths']['run']}" for summary in summaries]
-    return "\n".join([*lines, "", *paths])
+                table.append([arm, what, str(before), str(after)])
+    return format_table(table)
+
+
+def format_arms(compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> str:
+    """The arms side by side, with 95 % intervals over questions."""
+    head = ["arm", "runs", "answer only", "explain first", "difference", "against the start"]
+    table = [[*head, "parse", "stop"]]
+    for arm, own in _by_arm(rows).items():
+        found = compared[arm]
+        cells = [f"{found[mode]['value']:.1%}" for mode in MODES]
+        gain = found.get("difference_gain")
+        cells += [_say(found["difference"]), _say(gain) if gain else "-"]
+        for rate in ("parse", "stop"):
+            means = [average(own, ["arm"], f"{mode}_{rate}")[arm,].value for mode in MODES]
+            cells.append(" / ".join(f"{mean:.0%}" for mean in means))
+        table.append([arm, str(found["runs"]), *cells])
+    asked = next(iter(compared.values()))["questions"]
+    return (
+        f"{asked:,} test questions; points of 100, 95 % intervals over questions\n\n"
+        f"{format_table(table)}"
+    )
+
+
+def _say_seeds(rows: Sequence[Row]) -> list[str]:
+    """Accuracies and differences as means over runs, with Student's intervals, if there are any."""
+    measures = (*MODES, "difference")
+    means = {measure: average(rows, ["arm"], measure) for measure in measures}
+    if all(mean.count == 1 for mean in means["difference"].values()):
+        return []
+    table = [["means over runs", *measures]]
+    table += [[arm, *(str(means[x][arm,]) for x in measures)] for arm in _by_arm(rows)]
+    return [format_table(table)]
+
+
+def _say(estimate: Mapping[str, float]) -> str:
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {
+        name: [row for row in rows if row["arm"] == name]
+        for name in dict.fromkeys(row["arm"] for row in rows)
+    }
+
+
+def _parse(argv: list[str]) -> tuple[str, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m rpo_jax.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="--config.field=value overrides a field in every arm, also where arms() sets it",
+    )
+    parser.add_argument("--config", default=DEFAULT, metavar="FILE.py", help="default: %(default)s")
+    args, rest = parser.parse_known_args(argv)
+    for arg in rest:
+        if not arg.startswith("--config."):
+            raise UserError(f"{arg}: there is no such flag; overrides are --config.field=value")
+    return args.config, rest
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train, evaluate and study from end to end at the smallest scale, and what they refuse."""
+"""Train and evaluate from end to end at the smallest scale, and what they refuse."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from rpo_jax import cli, study
+from rpo_jax import cli
 from rpo_jax.config import Checkpoint
 from rpo_jax.data.records import open_records
 from rpo_jax.evaluate import format_result, measure_run
@@ -268,14 +268,6 @@ def test_dry_run_names_field_and_variable(tmp_path, capsys, monkeypatch):
     assert "tokenizer.path=$QWEN_TOKENIZER: the environment variable QWEN_TOKENIZER is" in printed
     assert "set data.igakuqa.directory, or IGAKUQA_DIR" in printed
     assert "see MISSING above: tokenizer, data.source" in told
-
-
-def test_study_runs_its_stages(tmp_path, capsys):
-    shape = base_overrides(tmp_path)
-    study.main([str(BASE), *shape])
-    printed = capsys.readouterr().out
-    assert "held-out nats/token" in printed
-    assert str(tmp_path / "fictional-base") in printed
 
 
 def write_pairs(path, *lines):

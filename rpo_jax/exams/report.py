@@ -76,9 +76,14 @@ def build_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> di
     }
 
 
-def _report_model(
-    exam: Exam, folder: Path, sitting: Sitting, questions: Sequence[Question]
-) -> dict[str, Any]:
+def mark_sitting(
+    exam: Exam, folder: Path, questions: Sequence[Question]
+) -> dict[str, dict[int, list[Mark]]]:
+    """The marks of a finished sitting by mode and seed, in the order of the questions.
+
+    Raises:
+        UserError: answers are missing.
+    """
     marks: dict[str, dict[int, list[Mark]]] = {}
     for mode, seed in list_answers(folder):
         answers = {response.id: response for response in read_answers(folder, mode, seed)}
@@ -93,6 +98,13 @@ def _report_model(
         )
     if not marks:
         raise UserError(f"{folder}: nothing was asked yet")
+    return marks
+
+
+def _report_model(
+    exam: Exam, folder: Path, sitting: Sitting, questions: Sequence[Question]
+) -> dict[str, Any]:
+    marks = mark_sitting(exam, folder, questions)
     likelihood = folder / "likelihood.json"
     model: dict[str, Any] = {
         "name": Path(sitting.model).name,

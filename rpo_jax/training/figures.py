@@ -1,8 +1,8 @@
-"""Figures of a sweep: heat maps and curves over its axes, log-ratios over training."""
+"""Figures of sweeps and studies: heat maps, curves, log-ratios over training, arms side by side."""
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,47 @@ def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | No
         _name(panel, "step", "log-ratio to the reference, nats", f"{_short(axis)} {value:g}")
         panel.legend(fontsize=8)
     return _save(figure, path)
+
+
+def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> Path:
+    """Accuracy of each arm by way of asking, and what explaining first changes.
+
+    Bars and marks have their 95 % intervals over questions; points are single runs.
+
+    Args:
+        path: of the figure.
+        compared: by arm, estimates `{value, low, high}` of each measure.
+        rows: a row a run, with its arm and the same measures.
+    """
+    figure, (left, right) = _panels(2)
+    modes = (("answer_only", "tab:blue", -0.2), ("explain_first", "tab:orange", 0.2))
+    for place, (arm, found) in enumerate(compared.items()):
+        own = [row for row in rows if row["arm"] == arm]
+        for mode, color, shift in modes:
+            _mark(left, place + shift, found[mode], [row[mode] for row in own], color)
+            bar = 100 * found[mode]["value"]
+            left.bar(
+                place + shift, bar, 0.36, color=color, alpha=0.5, label=None if place else mode
+            )
+        _mark(right, place, found["difference"], [row["difference"] for row in own], "tab:purple")
+    right.axhline(0.0, color="gray", linewidth=0.8)
+    for panel, title in (
+        (left, "right answers, % of test questions"),
+        (right, "explaining first less answering only, points of 100"),
+    ):
+        panel.set_xticks(range(len(compared)), list(compared), rotation=30, ha="right")
+        panel.set_title(title, fontsize=10)
+    left.legend([mode.replace("_", " ") for mode, _, _ in modes], fontsize=8)
+    return _save(figure, path)
+
+
+def _mark(
+    panel: Axes, x: float, estimate: Mapping[str, float], runs: Sequence[float], color: str
+) -> None:
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    panel.errorbar(x, value, [[value - low], [high - value]], color=color, fmt="o", capsize=4)
+    if len(runs) > 1:
+        panel.plot([x] * len(runs), [100 * run for run in runs], "k.", markersize=4)
 
 
 def _panels(count: int, share: bool = False) -> tuple[Figure, list[Axes]]:

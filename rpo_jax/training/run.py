@@ -46,6 +46,7 @@ _FREE = (
     "data.sample.slots",
     "data.pair.max_left_out_share",
     "rounds.",
+    "study.",
     "data.pairs_per_row",
     "data.row_sizes",
     "rpo.term_gradients_every_steps",

@@ -1,0 +1,95 @@
+"""The paper's comparison in the embedded world; the form is the argument.
+
+python -m rpo_jax.study                                        # quick: minutes, shows how it goes
+python -m rpo_jax.study --config configs/study.py:standard     # one seed, an hour on two cores
+python -m rpo_jax.study --config configs/study.py:reported     # test worlds, three seeds, hours
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rpo_jax.config import defaults
+
+# By form: the world's size, the worlds, the seeds, steps of base, CPT and the arms after it,
+# answers drawn for each training question, and test questions asked (0: all).
+FORMS = {
+    "quick": ("quick", (0,), (0,), 120, 150, 60, 2, 64),
+    "standard": ("standard", (0,), (0,), 4000, 3000, 300, 4, 0),
+    "reported": ("standard", (1000,), (0, 1, 2), 4000, 3000, 300, 4, 0),
+}
+
+
+def get_config(arg: str = "quick") -> ConfigDict:
+    """What all arms share: preference training on pairs from the answers of the arm's start."""
+    size, worlds, seeds, _, _, steps, answers, questions = FORMS[arg]
+    config = defaults()
+    config.stage = "rpo"
+    config.name = "study" + ("" if arg == "quick" else f"-{arg}")
+    config.init_from = "cpt"
+    config.study.worlds = worlds
+    config.study.seeds = seeds
+
+    config.data.source = "candidates"
+    config.data.fictional.size = size
+    config.data.sample.answers = answers
+    config.data.sample.shots = 0
+    config.data.sample.explain_tokens = 160
+    config.data.sample.slots = 64
+    config.data.pair.strategy = "hierarchy"
+    config.data.prompt_length = 160
+    config.data.response_length = 160
+    config.data.row_length = 256
+
+    # beta and alpha as arXiv:2404.19733v3 found best; its learning rate, 7e-7, was for a 70B model.
+    config.rpo.beta = 0.1
+    config.rpo.alpha = 1.0
+    config.train.steps = steps
+    config.train.batch_rows = 8
+    config.optim.learning_rate = 3e-4
+    config.optim.warmup_steps = 8
+
+    config.exam.questions = questions
+    config.exam.answer_tokens = 16
+    config.exam.explain_tokens = 160
+    config.exam.slots = 64
+    return config
+
+
+def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The paper's two stages, and the controls; alpha = 0 is DPO, no preference is SFT."""
+    _, _, _, base, cpt, *_ = FORMS[arg]
+    text = {
+        "stage": "cpt",
+        "data.source": "fictional",
+        "train.batch_rows": 16,
+        "optim.warmup_steps": 20,
+        "optim.weight_decay": 0.1,
+    }
+    yield (
+        "base",
+        {
+            **text,
+            "init_from": "",
+            "model.shape": "laptop-1m",
+            "tokenizer.train_vocab_size": 1024,
+            "data.fictional.text": "general",
+            "train.steps": base,
+            "optim.learning_rate": 3e-3,
+        },
+    )
+    yield (
+        "cpt",
+        {
+            **text,
+            "init_from": "base",
+            "data.fictional.text": "both",
+            "train.steps": cpt,
+            "optim.learning_rate": 2e-3,
+        },
+    )
+    yield "cpt-sft", {"rpo.preference": "none"}
+    yield "cpt-dpo", {"rpo.alpha": 0.0}
+    yield "cpt-rpo", {}
+    yield "base-rpo", {"init_from": "base"}

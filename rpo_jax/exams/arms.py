@@ -1,0 +1,98 @@
+"""Arms of a study side by side: the same questions, several worlds and seeds, two ways of asking.
+
+Answers are counted a question each, whatever it is worth. A question's result is its mean over the
+seeds of a world, and the questions of all worlds are one sample: intervals over questions are
+percentile bootstraps of it. Source: ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
+from rpo_jax.exams.scoring import Mark, measure_rates
+from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
+
+RATES = ("parse", "stop")
+
+
+@dataclass(frozen=True)
+class Sat:
+    """What one run of an arm made of the questions of its world.
+
+    Attributes:
+        arm: by name.
+        world: number of the world.
+        seed: of the run.
+        marks: by mode, in the order of the questions.
+    """
+
+    arm: str
+    world: int
+    seed: int
+    marks: Mapping[str, Sequence[Mark]]
+
+    def right(self, mode: str) -> np.ndarray:
+        """Which questions were answered rightly, by the answer read out of the text."""
+        return np.array([mark.extracted for mark in self.marks[mode]], bool)
+
+    def scores(self) -> dict[str, float]:
+        """Accuracies, their difference, and rates, by names ready for a table."""
+        found: dict[str, float] = {}
+        for mode in MODES:
+            rates = measure_rates(self.marks[mode])
+            found[mode] = float(self.right(mode).mean())
+            found |= {f"{mode}_{name}": float(rates[name] or 0.0) for name in RATES}
+        return {**found, "difference": found[EXPLAIN_FIRST] - found[ANSWER_ONLY]}
+
+
+def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
+    """By arm: accuracies, the difference between the modes, and how both differ from an arm's.
+
+    Args:
+        sats: of all arms; the runs of a world answered the same questions.
+        start: the arm that the others are compared with.
+
+    Returns:
+        Estimates ``{value, low, high}`` of ``answer_only``, ``explain_first``, ``difference``
+        (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
+        (these less the same of `start`, paired by question), with ``questions``, ``runs`` and
+        ``mcnemar`` a run.
+    """
+    found = {}
+    base = [sat for sat in sats if sat.arm == start]
+    for arm in dict.fromkeys(sat.arm for sat in sats):
+        own = [sat for sat in sats if sat.arm == arm]
+        by_mode = {mode: _pool(own, mode) for mode in MODES}
+        change_Q = by_mode[EXPLAIN_FIRST] - by_mode[ANSWER_ONLY]
+        result: dict[str, Any] = {
+            "runs": len(own),
+            "questions": len(change_Q),
+            **{mode: estimate(by_mode[mode]) for mode in MODES},
+            "difference": estimate(change_Q),
+            "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
+        }
+        if base and {sat.world for sat in base} == {sat.world for sat in own}:
+            from_Q = _pool(base, EXPLAIN_FIRST)
+            change_from_Q = from_Q - _pool(base, ANSWER_ONLY)
+            result["explain_first_gain"] = estimate(by_mode[EXPLAIN_FIRST] - from_Q)
+            result["difference_gain"] = estimate(change_Q - change_from_Q)
+        found[arm] = result
+    return found
+
+
+def estimate(values_Q: np.ndarray) -> dict[str, float]:
+    """The mean over questions with its bootstrap interval."""
+    count = len(values_Q)
+    low, high = bootstrap_sum(values_Q)
+    return {"value": float(values_Q.mean()), "low": low / count, "high": high / count}
+
+
+def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
+    """The mean over seeds of each question, of one world after the other."""
+    worlds = sorted({sat.world for sat in sats})
+    return np.concatenate(
+        [np.mean([sat.right(mode) for sat in sats if sat.world == world], 0) for world in worlds]
+    )

@@ -1,0 +1,265 @@
+"""The study: its runs, what it makes of answers, and all of it from end to end at a tiny size."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from rpo_jax import study
+from rpo_jax.errors import UserError
+from rpo_jax.exams.arms import Sat, compare_arms, estimate
+from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
+from rpo_jax.exams.exam import find_exam
+from rpo_jax.exams.responses import Response
+from rpo_jax.exams.scoring import mark_all
+from rpo_jax.training.figures import draw_arms
+from tests.sittings import gold, make_exam, wrong
+from tests.test_iterate import guesser
+from tests.test_iterate import overrides as rounds_overrides
+from tests.test_train import REPO, base_overrides
+
+__all__ = ["guesser"]  # the fixture
+
+STUDY = REPO / "configs/study.py"
+TINY = """
+from runpy import run_path
+
+get_config = run_path({study!r})["get_config"]
+
+
+def arms():
+    text = {{"stage": "cpt", "data.source": "fictional", "train.steps": 3}}
+    text |= {{"optim.learning_rate": 1e-4}}
+    yield "base", {{
+        "stage": "cpt", "init_from": "", "model.shape": "{shape}", "data.source": "files",
+        "data.train": ("{train}",), "data.heldout": ("{held}",), "data.corpus.drop_copies": False,
+        "train.steps": 80, "optim.learning_rate": 1e-2,
+    }}
+    yield "cpt", {{**text, "init_from": "base"}}
+    yield "dpo", {{"rpo.alpha": 0.0}}
+    yield "rpo", {{}}
+    yield "base-rpo", {{"init_from": "base"}}
+"""
+
+
+def read(tmp_path, body="", *words):
+    """The runs of a study whose `arms()` has this body."""
+    path = tmp_path / "one.py"
+    path.write_text(
+        f"from runpy import run_path\nget_config = run_path({str(STUDY)!r})['get_config']\n{body}"
+    )
+    return study.read_study(str(path), list(words))
+
+
+ARMS = """
+def arms():
+    yield "base", {"stage": "cpt", "init_from": "", "model.shape": "laptop-1m",
+                   "data.source": "fictional"}
+    yield "cpt", {"init_from": "base"}
+    yield "dpo", {"rpo.alpha": 0.0}
+"""
+
+
+def test_every_world_has_one_base_and_every_seed_its_arms(tmp_path):
+    words = ["--config.study.worlds=(3,1000)", "--config.study.seeds=(0,7)", "--config.name=s"]
+    shared, runs = read(tmp_path, ARMS, *words)
+    assert [run.config.name for run in runs] == [
+        f"s-world{world}-{rest}"
+        for world in (3, 1000)
+        for rest in ("base", "cpt-seed0", "dpo-seed0", "cpt-seed7", "dpo-seed7")
+    ]
+    by_name = {run.config.name: run.config for run in runs}
+    assert by_name["s-world3-cpt-seed7"].init_from == "s-world3-base"
+    assert by_name["s-world1000-dpo-seed7"].init_from == "s-world1000-cpt-seed7"
+    for name, config in by_name.items():
+        assert f"world{config.data.fictional.seed}-" in name
+        assert config.seed == (7 if name.endswith("seed7") else 0)
+        assert config.rpo.alpha == (0.0 if "dpo" in name else 1.0)
+        assert not config.exam.name
+    told = study.describe(shared, runs)
+    assert "test worlds, kept for what is reported: 1000" in told
+    assert "dev worlds, to be tuned on: 3" in told
+
+
+def test_the_committed_study_has_the_arms_of_the_paper():
+    for form, seeds in (("", 1), (":standard", 1), (":reported", 3)):
+        shared, runs = study.read_study(f"{STUDY}{form}", [])
+        assert len(shared.study.seeds) == seeds
+        arms = {run.arm: run.config for run in runs}
+        assert list(arms) == ["base", "cpt", "cpt-sft", "cpt-dpo", "cpt-rpo", "base-rpo"]
+        assert arms["cpt-sft"].rpo.preference == "none" and arms["cpt-sft"].rpo.alpha == 1
+        assert arms["cpt-dpo"].rpo.preference == "dpo" and arms["cpt-dpo"].rpo.alpha == 0
+        assert arms["cpt-rpo"].rpo.preference == "dpo" and arms["cpt-rpo"].rpo.alpha == 1
+        last = [arms[name] for name in ("cpt-sft", "cpt-dpo", "cpt-rpo", "base-rpo")]
+        assert len({(one.train, one.data, one.optim) for one in last}) == 1
+        assert len({one.init_from for one in last[:3]}) == 1
+        assert last[3].init_from == arms["base"].name
+    assert all(world >= 1000 for world in shared.study.worlds)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("", "a function arms() is wanted"),
+        ("def arms():\n    yield 'a'", "must yield pairs"),
+        ("def arms():\n    yield 'a', {'rpo.alhpa': 1.0}", "did you mean --config.rpo.alpha"),
+        ("def arms():\n    yield 'a', {}\n    yield 'a', {}", "a name more than once"),
+        ("def arms():\n    yield 'cpt', {}", "cpt starts from 'cpt', which is no arm before it"),
+        ("def arms():\n    yield 'a', {'init_from': 'b'}", "study.start='cpt' is none of a"),
+        ("def arms():\n    1 / 0\n    yield 'a', {}", "ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_study_is_refused(tmp_path, body, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        read(tmp_path, body)
+
+
+def test_other_flags_are_refused():
+    with pytest.raises(UserError, match=r"--worlds=3: there is no such flag"):
+        study.main(["--worlds=3"])
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return make_exam(tmp_path_factory.mktemp("exam"))[1][:20]
+
+
+def sit(questions, arm, world, seed, right):
+    """A run that answers rightly the first so many questions, by mode."""
+    marks = {
+        mode: mark_all(
+            find_exam("fictional"),
+            questions,
+            [
+                Response(q.id, f"答え: {(gold if place < right[mode] else wrong)(q)}", None, "eos")
+                for place, q in enumerate(questions)
+            ],
+        )
+        for mode in MODES
+    }
+    return Sat(arm, world, seed, marks)
+
+
+def sits(questions):
+    """Two worlds; the start has two seeds in each, base one."""
+    right = {
+        "base": [(4, 4)],
+        "cpt": [(10, 6), (14, 6)],
+        "rpo": [(10, 10), (14, 14)],
+    }
+    return [
+        sit(questions, arm, world, seed, dict(zip(MODES, counts, strict=True)))
+        for world in (0, 1)
+        for arm, seeds in right.items()
+        for seed, counts in enumerate(seeds)
+    ]
+
+
+def test_arms_are_compared_question_by_question(questions):
+    found = compare_arms(sits(questions), "cpt")
+    assert {arm: (one["runs"], one["questions"]) for arm, one in found.items()} == {
+        "base": (2, 40),
+        "cpt": (4, 40),
+        "rpo": (4, 40),
+    }
+    cpt, rpo = found["cpt"], found["rpo"]
+    assert cpt[ANSWER_ONLY]["value"] == pytest.approx(12 / 20)
+    assert cpt[EXPLAIN_FIRST]["value"] == pytest.approx(6 / 20)
+    assert cpt["difference"]["value"] == pytest.approx(-6 / 20)
+    assert cpt["difference"]["low"] < -6 / 20 < cpt["difference"]["high"] < 0
+    assert rpo["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert rpo["difference_gain"]["value"] == pytest.approx(6 / 20)
+    assert rpo["explain_first_gain"]["value"] == pytest.approx(6 / 20)
+    assert cpt["explain_first_gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert [test["lost"] for test in cpt["mcnemar"]] == [4, 8, 4, 8]
+
+
+def test_an_interval_is_that_of_a_mean_over_questions():
+    values = np.repeat([0.0, 1.0], 200)
+    found = estimate(values)
+    spread = 1.96 * np.sqrt(0.25 / 400)
+    assert found["value"] == 0.5
+    assert found["low"] == pytest.approx(0.5 - spread, abs=0.006)
+    assert found["high"] == pytest.approx(0.5 + spread, abs=0.006)
+
+
+def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
+    done = sits(questions)
+    measures = {"nll": 2.0, "nll_before": 3.0}
+    rows = [
+        {"name": "x", "arm": one.arm, "world": one.world, "seed": one.seed, **measures}
+        | one.scores()
+        for one in done
+    ]
+    compared = compare_arms(done, "cpt")
+    told = study.format_arms(compared, rows)
+    assert "40 test questions" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("cpt")]
+    assert "60.0%" in line and "30.0%" in line and "-30.0 (" in line and "100% / 100%" in line
+    assert "nats/token" in study.format_heldout(rows)
+    assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000
+
+
+@pytest.mark.full
+def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
+    path, workdir = tmp_path / "tiny.py", tmp_path / "runs"
+    base_overrides(tmp_path)  # writes the shape
+    path.write_text(
+        TINY.format(
+            study=str(STUDY),
+            shape=tmp_path / "shape.json",
+            train=guesser / "train.jsonl",
+            held=guesser / "held.jsonl",
+        )
+    )
+    free = ("train.steps", "init_from", "name", "rounds", "optim.learning_rate")
+    small = [
+        word
+        for word in rounds_overrides(workdir, checkpoint__save_every_steps=100)
+        if not word.removeprefix("--config.").startswith(free)
+    ]
+    words = [
+        f"--config={path}",
+        *small,
+        "--config.name=tiny",
+        "--config.exam.questions=12",
+        "--config.exam.explain_tokens=8",
+        "--config.optim.warmup_steps=1",
+    ]
+    study.main(words)
+    printed = capsys.readouterr().out
+    folder = workdir / "tiny"
+    results = json.loads((folder / "results.json").read_text())
+    compared = json.loads((folder / "arms.json").read_text())
+    assert [row["arm"] for row in results] == list(compared)
+    assert len(list(csv.DictReader((folder / "results.csv").open()))) == 5
+    assert all(one["questions"] == 12 for one in compared.values())
+    for word in ("12 test questions", "nats/token", "preference accuracy", "arms.png"):
+        assert word in printed
+    for figure in ("arms.png", "log_ratios.png"):
+        assert (folder / figure).stat().st_size > 10_000
+    by_arm = {row["arm"]: row for row in results}
+    assert by_arm["base"]["nll"] < by_arm["base"]["nll_before"]
+    # Arms with one start train on the same pairs, those of another start on others.
+    records = {
+        arm: json.loads((workdir / f"tiny-world0-{arm}-seed0/summary.json").read_text())["paths"][
+            "records"
+        ]
+        for arm in ("dpo", "rpo", "base-rpo")
+    }
+    assert records["dpo"] == records["rpo"] != records["base-rpo"]
+
+    shutil.rmtree(workdir / "tiny-world0-rpo-seed0")
+    shutil.rmtree(folder)
+    (sitting,) = (workdir / "tiny-world0-dpo-seed0" / "exams").iterdir()
+    answers = sitting / "responses" / f"{EXPLAIN_FIRST}-0.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
+    answers.write_bytes(b"".join(lines[:5]) + lines[5][:9])
+    base = (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes()
+    study.main(words)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert json.loads((folder / "arms.json").read_text()) == compared
+    assert (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes() == base
