@@ -23,7 +23,7 @@ from rpo_jax.exams.fictional.kinds import KINDS, explain
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import EXPLAIN_V1, EXPLAIN_ZERO_SHOT_V1, OFFICIAL_V1
 
-TINY_DIGEST = "2bb26ff59bb35c8578a96c1d38dc88e9477e38f0ba4a9aa124a04715fe929bb8"
+TINY_DIGEST = "bac7026f92ea0c9be674226b665a01d4203b9c468e794ddf5c59fdaa22d36e1b"
 
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])

@@ -6,6 +6,7 @@ Everything follows from (seed, size, version): the same bytes on every Python.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from rpo_jax.errors import UserError
 from rpo_jax.exams import prompts
@@ -29,7 +30,7 @@ from rpo_jax.exams.fictional.kinds import (
 from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
 from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
 
-VERSION = 1  # raise with any change of output; stored with every world
+VERSION = 2  # raise with any change of output; stored with every world
 TEST_SEEDS_FROM = 1000
 SPLIT_YEARS = {"train": 3001, "dev": 3002, "test": 3003}
 
@@ -39,7 +40,12 @@ _UNSEEN_PARTS = {"dev": 0.2, "test": 0.8}
 # Each with its sections: the diseases that training questions are about, and the others.
 _HALVES = ((_SEEN_PARTS, "ABC"), (_UNSEEN_PARTS, "DEF"))
 _ANSWER_ONLY_PAIRS = 0.25
+_DEMONSTRATIONS = 3
 _FEW_SHOT_DOCUMENTS = 0.05
+# Of the general questions, those that come with the passage that answers them: reading is learned
+# before recalling. Kinds of question that one passage about the subject answers.
+_OPEN_BOOK_DOCUMENTS = 0.3
+_OPEN_BOOK_KINDS = ("診断", "所見", "所見なし", "原因")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Size:
         animals: A multiple of 12; the subjects of the general text.
         paraphrases: Times the textbook tells every fact (twice for the chain to the drug).
         general_paraphrases: The same for the animals of the general text.
-        general_questions: Questions about animals in the general text, each in both formats.
+        general_questions: Questions about animals in the general text, each in both formats; the
+            same one comes again with other choices.
         everyday: Passages of filler prose.
         variants: Training questions for each (kind of question, disease) in the train split.
     """
@@ -79,8 +86,8 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "tiny": Size(12, 12, 2, 1, general_questions=10, everyday=10, variants=1),
-    "quick": Size(36, 36, 12, 4, general_questions=240, everyday=300, variants=2),
-    "standard": Size(240, 120, 16, 8, general_questions=900, everyday=2000, variants=2),
+    "quick": Size(36, 36, 12, 4, general_questions=1500, everyday=300, variants=2),
+    "standard": Size(240, 120, 16, 8, general_questions=8000, everyday=2000, variants=2),
 }
 
 
@@ -140,6 +147,7 @@ def is_test_world(seed: int) -> bool:
     return seed >= TEST_SEEDS_FROM
 
 
+@lru_cache(maxsize=2)
 def make_world(seed: int, size: Size) -> World:
     """Makes the world with number `seed`.
 
@@ -157,8 +165,9 @@ def make_world(seed: int, size: Size) -> World:
     stems = coin_stems(rng)
     medicine = make_graph(rng, MEDICINE, size.diseases, stems)
     animals = make_graph(rng, ANIMALS, size.animals, stems)
-    demonstrations, general_items = _make_general_items(stream("general questions"), animals)
-    general = _tell_general(stream("general"), size, animals, demonstrations, general_items)
+    items = _make_general_items(stream("general questions"), animals, size.general_questions)
+    demonstrations = _choose_demonstrations(items)
+    general = _tell_general(stream("general"), size, animals, demonstrations, items)
     rng = stream("textbook")
     textbook = [
         text
@@ -289,25 +298,35 @@ def _number_items(rng: random.Random, items: list[Item], year: int) -> tuple[Ite
     return tuple(numbered)
 
 
-def _make_general_items(
-    rng: random.Random, graph: Graph
-) -> tuple[tuple[Question, ...], list[Question]]:
-    """Questions about animals: three demonstrations (one, two, one letters) and the others."""
-    questions = []
-    for kind in KINDS.values():
-        for key in graph.subjects[:: kind.every]:
-            if ask := kind.ask(rng, graph, ANIMALS, key):
-                questions.append(_make_item(graph, ANIMALS, ask, kind, "A").question)
-    rng.shuffle(questions)
-    questions = [replace(q, id=f"1A{i}") for i, q in enumerate(questions, start=1)]
-    demonstrations: list[Question] = []
-    for letters, category in ((1, "検査"), (2, "所見"), (1, "診断")):
-        demonstrations.append(
-            next(q for q in questions if (len(q.answers), q.category) == (letters, category))
+def _make_general_items(rng: random.Random, graph: Graph, count: int) -> list[Item]:
+    """So many questions about animals, and a few more for demonstrations; choices drawn anew."""
+    items: list[Item] = []
+    while len(items) < count + _DEMONSTRATIONS:
+        items += [
+            _make_item(graph, ANIMALS, ask, kind, "A")
+            for kind in KINDS.values()
+            for key in graph.subjects[:: kind.every]
+            if (ask := kind.ask(rng, graph, ANIMALS, key))
+        ]
+    rng.shuffle(items)
+    return [
+        replace(item, question=replace(item.question, id=f"1A{i}"))
+        for i, item in enumerate(items, start=1)
+    ]
+
+
+def _choose_demonstrations(items: Sequence[Item]) -> tuple[Question, ...]:
+    """Three worked questions, of one, two and one letters."""
+    found = [
+        next(
+            item.question
+            for item in items
+            if (len(item.question.answers), item.question.category) == (letters, category)
         )
+        for letters, category in ((1, "検査"), (2, "所見"), (1, "診断"))
+    ]
     # As in the published prompt.jsonl, demonstrations carry no metadata and no points.
-    shown = [replace(d, points=1, category="", kinki=()) for d in demonstrations]
-    return tuple(shown), [q for q in questions if q not in demonstrations]
+    return tuple(replace(d, points=1, category="", kinki=()) for d in found)
 
 
 def _tell_general(
@@ -315,19 +334,28 @@ def _tell_general(
     size: Size,
     graph: Graph,
     demonstrations: Sequence[Question],
-    questions: Sequence[Question],
+    items: Sequence[Item],
 ) -> list[str]:
     texts = [tell_everyday(rng) for _ in range(size.everyday)]
     for _ in range(size.general_paraphrases):
         texts += tell_facts(rng, graph, ANIMALS, graph.subjects, heldout=False)
     few_shot = (prompts.OFFICIAL_V1, prompts.EXPLAIN_V1)
     zero_shot = (prompts.ANSWER_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
-    for question in questions[: size.general_questions]:
-        formats = few_shot if rng.random() < _FEW_SHOT_DOCUMENTS else zero_shot
+    shown_ids = {question.id for question in demonstrations}
+    asked = [item for item in items if item.question.id not in shown_ids]
+    for item in asked[: size.general_questions]:
+        question, passage = item.question, ""
+        formats = zero_shot
+        if item.ask.kind in _OPEN_BOOK_KINDS and rng.random() < _OPEN_BOOK_DOCUMENTS:
+            facts = tell_facts(rng, graph, ANIMALS, [item.ask.key], heldout=False)
+            passage = next(facts) + "\n"
+        elif rng.random() < _FEW_SHOT_DOCUMENTS:
+            formats = few_shot
         for format_ in formats:
             shown = demonstrations[: format_.shots]
             texts.append(
-                format_.render(question, shown)
+                passage
+                + format_.render(question, shown)
                 + format_.target(question, question.answers, question.explanation)
             )
     rng.shuffle(texts)
