@@ -17,6 +17,8 @@ answers are kept, whatever was stopped goes on. Tables (JSON, CSV) and figures g
 
 import argparse
 import logging
+import os
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +41,7 @@ from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
 from rpo_jax.training.results import Point, Row, average, collect, write_results
-from rpo_jax.training.run import write_json
+from rpo_jax.training.run import find_versions, write_json
 
 DEFAULT = "configs/study.py"
 _SHOWN = {  # held-out measures, where a stage has them
@@ -192,8 +194,18 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     ]
     compared = compare_arms(sats, start)
     paths = write_results(folder, rows)
-    write_json(folder / "arms.json", compared)
-    paths += [folder / "arms.json", draw_arms(folder / "arms.png", compared, rows)]
+    measured = {
+        "study": shared.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": find_versions(),
+        "worlds": shared.study.worlds,
+        "seeds": shared.study.seeds,
+        "start": start,
+        "arms": compared,
+    }
+    write_json(folder / "study.json", measured)
+    paths += [folder / "study.json", draw_arms(folder / "arms.png", compared, rows)]
     from_start = [
         Point({"rpo.alpha": run.config.rpo.alpha}, run.config)
         for run in runs
@@ -205,7 +217,8 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     if from_start:
         drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "rpo.alpha")
         paths += [drawn] if drawn else []
-    tables = [format_heldout(rows), format_arms(compared, rows), *_say_seeds(rows)]
+    tables = [format_heldout(rows), format_arms(compared, rows), format_sections(compared)]
+    tables += _say_seeds(rows)
     return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
 
 
@@ -241,6 +254,16 @@ def format_arms(compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) 
         f"{asked:,} test questions; points of 100, 95 % intervals over questions\n\n"
         f"{format_table(table)}"
     )
+
+
+def format_sections(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy by whether training questions gave facts about the same diseases away."""
+    parts = list(next(iter(compared.values()))["sections"])
+    table = [["right in sections", *(f"{part} {mode}" for part in parts for mode in MODES)]]
+    for arm, found in compared.items():
+        shares = [found["sections"][part][mode]["value"] for part in parts for mode in MODES]
+        table.append([arm, *(f"{share:.1%}" for share in shares)])
+    return format_table(table)
 
 
 def _say_seeds(rows: Sequence[Row]) -> list[str]:

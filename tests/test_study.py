@@ -124,7 +124,7 @@ def test_other_flags_are_refused():
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    return make_exam(tmp_path_factory.mktemp("exam"))[1][:20]
+    return make_exam(tmp_path_factory.mktemp("exam"))[1][8:28]
 
 
 def sit(questions, arm, world, seed, right):
@@ -175,6 +175,11 @@ def test_arms_are_compared_question_by_question(questions):
     assert rpo["explain_first_gain"]["value"] == pytest.approx(6 / 20)
     assert cpt["explain_first_gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert [test["lost"] for test in cpt["mcnemar"]] == [4, 8, 4, 8]
+    seen = [question.section in "ABC" for question in questions] * 2
+    assert set(cpt["sections"]) == {"ABC", "DEF"}
+    shares = [cpt["sections"][part][EXPLAIN_FIRST]["value"] for part in ("ABC", "DEF")]
+    weights = [seen.count(True) / 40, seen.count(False) / 40]
+    assert np.dot(shares, weights) == pytest.approx(6 / 20)
 
 
 def test_an_interval_is_that_of_a_mean_over_questions():
@@ -199,6 +204,7 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     assert "40 test questions" in told
     (line,) = [line for line in told.splitlines() if line.startswith("cpt")]
     assert "60.0%" in line and "30.0%" in line and "-30.0 (" in line and "100% / 100%" in line
+    assert "ABC" in study.format_sections(compared)
     assert "nats/token" in study.format_heldout(rows)
     assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000
 
@@ -233,7 +239,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
     printed = capsys.readouterr().out
     folder = workdir / "tiny"
     results = json.loads((folder / "results.json").read_text())
-    compared = json.loads((folder / "arms.json").read_text())
+    compared = json.loads((folder / "study.json").read_text())["arms"]
     assert [row["arm"] for row in results] == list(compared)
     assert len(list(csv.DictReader((folder / "results.csv").open()))) == 5
     assert all(one["questions"] == 12 for one in compared.values())
@@ -261,5 +267,5 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
     base = (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes()
     study.main(words)
     assert json.loads((folder / "results.json").read_text()) == results
-    assert json.loads((folder / "arms.json").read_text()) == compared
+    assert json.loads((folder / "study.json").read_text())["arms"] == compared
     assert (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes() == base

@@ -16,6 +16,7 @@ from rpo_jax.exams.scoring import Mark, measure_rates
 from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
 
 RATES = ("parse", "stop")
+PARTS = ("ABC", "DEF")  # sections about what training questions are about, and about the rest
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
     Returns:
         Estimates ``{value, low, high}`` of ``answer_only``, ``explain_first``, ``difference``
         (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
-        (these less the same of `start`, paired by question), with ``questions``, ``runs`` and
-        ``mcnemar`` a run.
+        (these less the same of `start`, paired by question), with ``questions``, ``runs``,
+        ``mcnemar`` a run, and under ``sections`` the first three for each part of `PARTS`.
     """
     found = {}
     base = [sat for sat in sats if sat.arm == start]
@@ -67,11 +68,18 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         own = [sat for sat in sats if sat.arm == arm]
         by_mode = {mode: _pool(own, mode) for mode in MODES}
         change_Q = by_mode[EXPLAIN_FIRST] - by_mode[ANSWER_ONLY]
+        measures = {**by_mode, "difference": change_Q}
+        sections_Q = _list_sections(own)
         result: dict[str, Any] = {
             "runs": len(own),
             "questions": len(change_Q),
-            **{mode: estimate(by_mode[mode]) for mode in MODES},
-            "difference": estimate(change_Q),
+            **{name: estimate(values_Q) for name, values_Q in measures.items()},
+            "sections": {
+                part: {name: estimate(values_Q[here]) for name, values_Q in measures.items()}
+                for part in PARTS
+                for here in [np.array([section in part for section in sections_Q])]
+                if here.any()
+            },
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
         if base and {sat.world for sat in base} == {sat.world for sat in own}:
@@ -92,7 +100,17 @@ def estimate(values_Q: np.ndarray) -> dict[str, float]:
 
 def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
     """The mean over seeds of each question, of one world after the other."""
-    worlds = sorted({sat.world for sat in sats})
     return np.concatenate(
-        [np.mean([sat.right(mode) for sat in sats if sat.world == world], 0) for world in worlds]
+        [np.mean([sat.right(mode) for sat in same], 0) for same in _by_world(sats)]
     )
+
+
+def _list_sections(sats: Sequence[Sat]) -> list[str]:
+    """The section of each question, in the same order."""
+    marks = [mark for same in _by_world(sats) for mark in same[0].marks[ANSWER_ONLY]]
+    return [mark.question.section for mark in marks]
+
+
+def _by_world(sats: Sequence[Sat]) -> list[list[Sat]]:
+    worlds = sorted({sat.world for sat in sats})
+    return [[sat for sat in sats if sat.world == world] for world in worlds]
