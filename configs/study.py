@@ -12,58 +12,79 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import defaults
 
-# By form: the world's size, the worlds, the seeds, steps of base, CPT and the arms after it,
-# answers drawn for each training question, and test questions asked (0: all).
-FORMS = {
-    "quick": ("quick", (0,), (0,), 120, 150, 60, 2, 64),
-    "standard": ("standard", (0,), (0,), 4000, 3000, 300, 4, 0),
-    "reported": ("standard", (1000,), (0, 1, 2), 4000, 3000, 300, 4, 0),
+# By form: the world's size and numbers, seeds; steps of base, CPT and the arms after it; answers
+# drawn for each training question; test questions asked (0: all).
+FORMS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "size": "quick",
+        "worlds": (0,),
+        "seeds": (0,),
+        "steps": (400, 300, 40),
+        "answers": 2,
+        "questions": 64,
+    },
+    "standard": {
+        "size": "standard",
+        "worlds": (0,),
+        "seeds": (0,),
+        "steps": (8000, 6000, 160),
+        "answers": 4,
+        "questions": 0,
+    },
+    "reported": {
+        "size": "standard",
+        "worlds": (1000,),
+        "seeds": (0, 1, 2),
+        "steps": (8000, 6000, 160),
+        "answers": 4,
+        "questions": 0,
+    },
 }
 
 
 def get_config(arg: str = "quick") -> ConfigDict:
     """What all arms share: preference training on pairs from the answers of the arm's start."""
-    size, worlds, seeds, _, _, steps, answers, questions = FORMS[arg]
+    form = FORMS[arg]
     config = defaults()
     config.stage = "rpo"
     config.name = "study" + ("" if arg == "quick" else f"-{arg}")
     config.init_from = "cpt"
-    config.study.worlds = worlds
-    config.study.seeds = seeds
+    config.study.worlds = form["worlds"]
+    config.study.seeds = form["seeds"]
 
     config.data.source = "candidates"
-    config.data.fictional.size = size
-    config.data.sample.answers = answers
+    config.data.fictional.size = form["size"]
+    config.data.sample.answers = form["answers"]
     config.data.sample.shots = 0
-    config.data.sample.explain_tokens = 160
+    config.data.sample.explain_tokens = 144
     config.data.sample.slots = 64
     config.data.pair.strategy = "hierarchy"
-    config.data.prompt_length = 160
-    config.data.response_length = 160
+    config.data.prompt_length = 128
+    config.data.response_length = 152
     config.data.row_length = 256
 
     # beta and alpha as arXiv:2404.19733v3 found best; its learning rate, 7e-7, was for a 70B model.
     config.rpo.beta = 0.1
     config.rpo.alpha = 1.0
-    config.train.steps = steps
+    config.train.steps = form["steps"][2]
     config.train.batch_rows = 8
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 8
 
-    config.exam.questions = questions
+    config.exam.questions = form["questions"]
     config.exam.answer_tokens = 16
-    config.exam.explain_tokens = 160
+    config.exam.explain_tokens = 144
     config.exam.slots = 64
     return config
 
 
 def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
     """The paper's two stages, and the controls; alpha = 0 is DPO, no preference is SFT."""
-    _, _, _, base, cpt, *_ = FORMS[arg]
+    base, cpt, _ = FORMS[arg]["steps"]
     text = {
         "stage": "cpt",
         "data.source": "fictional",
-        "train.batch_rows": 16,
+        "train.batch_rows": 4,  # many small steps learn more of the same tokens
         "optim.warmup_steps": 20,
         "optim.weight_decay": 0.1,
     }
