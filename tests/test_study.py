@@ -173,7 +173,7 @@ def test_arms_are_compared_question_by_question(questions):
     assert rpo["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert rpo["difference_gain"]["value"] == pytest.approx(6 / 20)
     assert rpo["explain_first_gain"]["value"] == pytest.approx(6 / 20)
-    assert cpt["explain_first_gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert "explain_first_gain" not in cpt and "difference_gain" in found["base"]
     assert [test["lost"] for test in cpt["mcnemar"]] == [4, 8, 4, 8]
     seen = [question.section in "ABC" for question in questions] * 2
     assert set(cpt["sections"]) == {"ABC", "DEF"}
@@ -241,7 +241,8 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     compared = json.loads((folder / "study.json").read_text())["arms"]
     assert [row["arm"] for row in results] == list(compared)
-    assert len(list(csv.DictReader((folder / "results.csv").open()))) == 5
+    table = csv.DictReader((folder / "results.csv").read_text().splitlines())
+    assert [row["arm"] for row in table] == list(compared)
     assert all(one["questions"] == 12 for one in compared.values())
     for word in ("12 test questions", "nats/token", "preference accuracy", "arms.png"):
         assert word in printed

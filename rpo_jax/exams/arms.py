@@ -82,7 +82,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             },
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
-        if base and {sat.world for sat in base} == {sat.world for sat in own}:
+        if arm != start:
             from_Q = _pool(base, EXPLAIN_FIRST)
             change_from_Q = from_Q - _pool(base, ANSWER_ONLY)
             result["explain_first_gain"] = estimate(by_mode[EXPLAIN_FIRST] - from_Q)

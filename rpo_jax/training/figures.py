@@ -110,10 +110,9 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
         own = [row for row in rows if row["arm"] == arm]
         for mode, color, shift in modes:
             _mark(left, place + shift, found[mode], [row[mode] for row in own], color)
-            bar = 100 * found[mode]["value"]
-            left.bar(
-                place + shift, bar, 0.36, color=color, alpha=0.5, label=None if place else mode
-            )
+            text = None if place else _short(mode)
+            height = 100 * found[mode]["value"]
+            left.bar(place + shift, height, 0.36, color=color, alpha=0.5, label=text)
         _mark(right, place, found["difference"], [row["difference"] for row in own], "tab:purple")
     right.axhline(0.0, color="gray", linewidth=0.8)
     for panel, title in (
@@ -122,7 +121,7 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
     ):
         panel.set_xticks(range(len(compared)), list(compared), rotation=30, ha="right")
         panel.set_title(title, fontsize=10)
-    left.legend([mode.replace("_", " ") for mode, _, _ in modes], fontsize=8)
+    left.legend(fontsize=8)
     return _save(figure, path)
 
 
