@@ -18,12 +18,12 @@ from rpo_jax.exams.fictional import (
     make_world,
     write_world,
 )
-from rpo_jax.exams.fictional.domains import MEDICINE
-from rpo_jax.exams.fictional.kinds import KINDS, explain
+from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE
+from rpo_jax.exams.fictional.kinds import KINDS, explain, fill
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import EXPLAIN_V1, EXPLAIN_ZERO_SHOT_V1, OFFICIAL_V1
 
-TINY_DIGEST = "bac7026f92ea0c9be674226b665a01d4203b9c468e794ddf5c59fdaa22d36e1b"
+TINY_DIGEST = "a849250dab92b7e6752be637f6c9b49789111f9198400ff85b581a531ee3d43c"
 
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])
@@ -199,6 +199,26 @@ def test_general_text_teaches_both_answer_formats_and_few_shot_layouts(quick):
         head = format_.render(question, quick.demonstrations).split(question.text)[0]
         assert any(t.startswith(head) for t in texts)
     assert [len(d.answers) for d in quick.demonstrations] == [1, 2, 1]
+
+
+def test_the_textbook_never_speaks_as_explanations_do(quick):
+    clauses = {
+        fill(template, subject, objects)
+        for (relation, subject), objects in quick.medicine.facts.items()
+        for template in [MEDICINE.clauses[relation]]
+    }
+    textbook = "".join(d.text for d in (*quick.textbook, *quick.textbook_heldout))
+    assert not [clause for clause in clauses if clause in textbook]
+    explanations = "".join(item.question.explanation for item in exam_items(quick))
+    assert len([clause for clause in clauses if clause in explanations]) > 100
+    spoken = {
+        fill(template, subject, objects)
+        for (relation, subject), objects in quick.animals.facts.items()
+        for template in [ANIMALS.clauses[relation]]
+        if relation == "own"
+    }
+    general = "".join(d.text for d in quick.general if "問題" not in d.text)
+    assert len([clause for clause in spoken if clause in general]) > len(spoken) / 2
 
 
 def test_no_question_is_in_any_training_text(world):

@@ -3,6 +3,8 @@
 Both have the same relations, so everything that is not wording is written once. In templates
 ``{s}`` is the subject or remedy, ``{o}`` its objects, ``{t}`` and ``{v}`` a gauge and a number.
 Every template names subject and objects in one sentence: that makes a fact checkable in text.
+The statements of the medicine never speak as its clauses do, those of the animals do: to explain,
+a model must say of a disease in one form what it read in others.
 """
 
 from collections.abc import Mapping
@@ -55,7 +57,6 @@ MEDICINE = Domain(
             "診察で{o}を認めれば、{s}を候補に入れる。",
         ),
         "own": (
-            "{s}の決め手は{o}である。",
             "{s}を似た疾患から区別する所見は{o}である。",
             "{s}に特徴的なのは{o}である。",
             "似た疾患のうち{o}を伴うのは{s}である。",
@@ -63,7 +64,6 @@ MEDICINE = Domain(
             "{o}を認めれば{s}の診断に近づく。",
         ),
         "cause": (
-            "{s}の原因は{o}である。",
             "{s}は{o}によって起こる。",
             "{o}が{s}をもたらす。",
             "{s}の患者には{o}がある。",
@@ -71,7 +71,6 @@ MEDICINE = Domain(
             "{s}の背景には{o}がある。",
         ),
         "remedy": (
-            "{s}の第一選択薬は{o}である。",
             "{s}の治療には{o}を用いる。",
             "{o}は{s}に効く。",
             "{s}と診断したらまず{o}を投与する。",
@@ -80,7 +79,6 @@ MEDICINE = Domain(
         ),
         "gauge": (
             "{s}では{t}が{v}以上となる。",
-            "{s}の{t}の基準値は{v}である。",
             "{t}が{v}以上であることは{s}の診断基準である。",
             "{s}を診断する{t}の境界は{v}である。",
             "{s}で陽性とする{t}は{v}からである。",
@@ -88,13 +86,11 @@ MEDICINE = Domain(
         "ban": (
             "{s}は{o}の患者には禁忌である。",
             "{o}があれば{s}を用いてはならない。",
-            "{s}の禁忌は{o}である。",
             "{o}の患者に{s}を投与してはならない。",
             "{s}を処方する前に{o}がないことを確かめる。",
             "{o}の患者で避けるべき薬に{s}がある。",
         ),
         "amount": (
-            "{s}の1日量は体重1kgあたり{v}mgである。",
             "{s}は1日に体重1kgあたり{v}mgを用いる。",
             "体重1kgにつき{v}mgが{s}の1日量である。",
             "{s}の用量は1日{v}mg/kgである。",
