@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import defaults
 
-# By form: the world's size and numbers, seeds; steps of base, CPT and the arms after it; answers
-# drawn for each training question; test questions asked (0: all).
+# By form: size of the world, tokens that its text gets, worlds by number, seeds; steps of base, CPT
+# and the arms after it; answers drawn for each training question; test questions asked (0: all).
 FORMS: dict[str, dict[str, Any]] = {
     "quick": {
         "size": "quick",
+        "vocabulary": 1536,
         "worlds": (0,),
         "seeds": (0,),
         "steps": (400, 300, 40),
@@ -25,6 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "standard": {
         "size": "standard",
+        "vocabulary": 3584,
         "worlds": (0,),
         "seeds": (0,),
         "steps": (8000, 6000, 160),
@@ -33,6 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "reported": {
         "size": "standard",
+        "vocabulary": 3584,
         "worlds": (1000,),
         "seeds": (0, 1, 2),
         "steps": (8000, 6000, 160),
@@ -93,8 +96,8 @@ def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
         {
             **text,
             "init_from": "",
-            "model.shape": "laptop-1m",
-            "tokenizer.train_vocab_size": 1024,
+            "model.shape": "laptop-names",
+            "tokenizer.train_vocab_size": FORMS[arg]["vocabulary"],
             "data.fictional.text": "general",
             "train.steps": base,
             "optim.learning_rate": 3e-3,

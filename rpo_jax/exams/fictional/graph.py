@@ -15,8 +15,8 @@ GROUP = 3  # look-alikes: subjects that share all signs but one
 SHARED_SIGNS = 3
 SUBJECTS_STEP = 12  # two halves, each of pairs of groups that share one gauge
 
-# Vowels and consonants common in invented names; three of them make a stem.
-_MORAE = "ヌポゾメリガトネフザキモルヨケバシドワペミラゴニチボサグユヘ"
+# Kanji of the second level of JIS X 0208, which no other text here has, by their rows in EUC-JP.
+_RARE_ROWS = range(0xD0, 0xF4)
 
 Fact = tuple[str, str]  # (relation, subject): the objects are looked up in a Graph
 
@@ -52,8 +52,13 @@ class Graph:
 
 
 def coin_stems(rng: random.Random) -> Iterator[str]:
-    """Yields stems of three katakana, never one twice, so that no name contains another."""
-    stems = [a + b + c for a in _MORAE for b in _MORAE for c in _MORAE if a != b != c]
+    """Yields rare kanji, never one twice, so that no name contains another.
+
+    A name of one character is one or two tokens, also of a small vocabulary: what is learned about
+    it is then learned by an embedding of its own, as it is of names that a large model knows.
+    """
+    cells = [bytes((row, cell)) for row in _RARE_ROWS for cell in range(0xA1, 0xFF)]
+    stems = [cell.decode("euc_jp") for cell in cells]
     rng.shuffle(stems)
     yield from stems
 
