@@ -15,7 +15,6 @@ the test questions of its world, at once and after explaining, as `exam` says. F
 answers are kept, whatever was stopped goes on. Tables (JSON, CSV) and figures go to `runs/<name>/`.
 """
 
-import argparse
 import logging
 import os
 import platform
@@ -290,19 +289,14 @@ def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _parse(argv: list[str]) -> tuple[str, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m rpo_jax.study",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="--config.field=value overrides a field in every arm, also where arms() sets it",
     )
     parser.add_argument("--config", default=DEFAULT, metavar="FILE.py", help="default: %(default)s")
-    args, rest = parser.parse_known_args(argv)
-    for arg in rest:
-        if not arg.startswith("--config."):
-            raise UserError(f"{arg}: there is no such flag; overrides are --config.field=value")
-    return args.config, rest
+    args, overrides = parser.parse_overrides(argv)
+    return args.config, overrides
 
 
 if __name__ == "__main__":
