@@ -223,7 +223,7 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
 
 def format_heldout(rows: Sequence[Row]) -> str:
     """What each arm's training changed on held-out data; the mean over its runs."""
-    table = [["trained", "held out", "before", "after"]]
+    table = [["trained", "tokens", "held out", "before", "after"]]
     for arm, own in _by_arm(rows).items():
         for name, text in _SHOWN.items():
             if name in own[0]:
@@ -231,7 +231,7 @@ def format_heldout(rows: Sequence[Row]) -> str:
                 before, after = (
                     average(own, ["arm"], f"{name}{end}")[arm,] for end in ("_before", "")
                 )
-                table.append([arm, what, str(before), str(after)])
+                table.append([arm, f"{own[0]['tokens']:,}", what, str(before), str(after)])
     return format_table(table)
 
 

@@ -64,8 +64,7 @@ def test_study(tmp_path):
     questions = make_exam(tmp_path)[1][8:28]
     done = sits(questions)
     rows = [
-        {"arm": one.arm, "seed": one.seed, "nll": 2.0, "nll_before": 3.0} | one.scores()
-        for one in done
+        {"arm": one.arm, "tokens": 9, "nll": 2.0, "nll_before": 3.0} | one.scores() for one in done
     ]
     write_json(tmp_path / "results.json", rows)
     write_json(tmp_path / "study.json", {"study": "s", "arms": compare_arms(done, "cpt")})

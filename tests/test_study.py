@@ -193,7 +193,7 @@ def test_an_interval_is_that_of_a_mean_over_questions():
 
 def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     done = sits(questions)
-    measures = {"nll": 2.0, "nll_before": 3.0}
+    measures = {"nll": 2.0, "nll_before": 3.0, "tokens": 1234}
     rows = [
         {"name": "x", "arm": one.arm, "world": one.world, "seed": one.seed, **measures}
         | one.scores()
@@ -205,7 +205,8 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     (line,) = [line for line in told.splitlines() if line.startswith("cpt")]
     assert "60.0%" in line and "30.0%" in line and "-30.0 (" in line and "100% / 100%" in line
     assert "ABC" in study.format_sections(compared)
-    assert "nats/token" in study.format_heldout(rows)
+    held = study.format_heldout(rows)
+    assert "nats/token" in held and "1,234" in held
     assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000
 
 

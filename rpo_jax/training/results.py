@@ -42,15 +42,17 @@ class Mean:
 
 
 def collect(points: Sequence[Point]) -> list[Row]:
-    """A row for each finished point: name, overrides, held-out measures before and after."""
+    """A row for each finished point: name, overrides, tokens read, held-out measures."""
     rows = []
     for point in points:
         path = point.config.folder / "summary.json"
         if not path.is_file():
             continue
-        heldout = json.loads(path.read_text(encoding="utf-8"))["heldout"]
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        heldout, tokens = summary["heldout"], summary["trained_on"]["tokens"]
         before = {f"{name}_before": value for name, value in heldout["before"].items()}
-        rows.append({"name": point.config.name, **point.overrides, **heldout["after"], **before})
+        head = {"name": point.config.name, **point.overrides, "tokens": tokens}
+        rows.append({**head, **heldout["after"], **before})
     return rows
 
 
