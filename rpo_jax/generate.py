@@ -8,6 +8,7 @@ the output has the id and what came. An interrupted command goes on when it is g
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
