@@ -1,19 +1,11 @@
 #!/usr/bin/env bash
-# Runs as root on every host of a slice, at each boot, below the settings that tpu_vm.sh puts first.
+# Runs as root on every host of a slice, at each boot, below the settings and `act`, which runs or
+# prints a command, that tpu_vm.sh puts first.
 # Mounts the bucket and starts the job as a service: a slice that comes up anew goes on by itself.
 # startup.sh --dry-run prints what it would do.
 set -euo pipefail
 dry=''
 [[ ${1:-} == --dry-run ]] && dry=yes
-
-act() { # COMMAND...: runs it, or prints it
-  if [[ $dry ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
 
 install_gcsfuse() {
   local key=/usr/share/keyrings/cloud.google.asc

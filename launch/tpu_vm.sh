@@ -43,12 +43,13 @@ act() { # COMMAND...: runs it, or prints it
   fi
 }
 
-write_startup() { # prints the startup script with the settings of this job
+write_startup() { # prints the startup script with the settings of this job, and `act`
   echo '#!/usr/bin/env bash'
   local name
   for name in NAME BUCKET IMAGE COMMAND HOSTS; do
     printf '%s=%q\n' "$name" "${!name}"
   done
+  declare -f act
   tail -n +2 "$here/startup.sh"
 }
 
