@@ -32,6 +32,7 @@ import jax
 from rpo_jax import cli
 from rpo_jax.config import Config
 from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.data.files import find_files
 from rpo_jax.data.records import open_records
 from rpo_jax.data.tokenizer import read_tokenizer
 from rpo_jax.errors import UserError
@@ -165,8 +166,9 @@ def evaluate(work: Workload, merged: bool = False) -> dict[str, Any]:
 
 def format_result(result: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
-    columns = {"trained": result["heldout"]}
-    columns |= {"merged": result["merged"]} if "merged" in result else {}
+    columns = {"value": result["heldout"]}
+    if "merged" in result:
+        columns = {"trained": result["heldout"], "merged": result["merged"]}
     lines = [f"{result['run']}, step {result['step']}", "", *format_measures("held out", columns)]
     if "divergence" in result:
         lines.append(f"KL(trained || merged) {result['divergence']:.3g} nats/token")
@@ -181,6 +183,7 @@ def score_files(
     Raises:
         UserError: the exam or the files are missing, broken, or do not fit each other.
     """
+    find_files(files, (".jsonl",), "--score")  # before the exam is looked for
     questions = exam.read(exam.find(directory), years or exam.years or None)
     marks = mark_all(exam, questions, read_responses(files, questions))
     asked = sorted({question.year or 0 for question in questions})

@@ -301,6 +301,11 @@ def test_the_table_shows_points_and_verdict(capsys, tmp_path, exam_dir):
         assert part in shown
 
 
+def test_files_are_looked_for_before_the_exam(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("IGAKUQA_DIR", raising=False)
+    assert "--score: no file matches" in refuse(capsys, "--score", str(tmp_path / "no.jsonl"))
+
+
 GOOD = [{"id": q.id, "text": "a"} for q in small_exam()]
 BAD_FILES = {
     "unknown id": ([*GOOD, {"id": "112A99", "text": "a"}], ["file.jsonl:6", "'112A99'", "--year"]),

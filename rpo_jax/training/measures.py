@@ -5,7 +5,7 @@ from collections.abc import Mapping
 # By the end of a name: unit, and what it is.
 _MEANINGS = {
     "loss": "what training lowers",
-    "nll": "nats/token; of pairs, of the chosen response",
+    "nll": "nats/token (of pairs: of the chosen response)",
     "general_nll": "nats/token of the general text",
     "dpo": "nats a pair; 0.6931 is no preference",
     "ipo": "squared nats a pair",
