@@ -62,6 +62,9 @@ ELSEWHERE = {
     "workdir": ("test_train.py", "workdir"),
     "exam.name": ("test_dev_exam.py", "exam__name"),
     "data.fictional.size": ("test_fictional.py", "SIZES"),
+    "study.worlds": ("test_study.py", "config.study.worlds="),
+    "study.seeds": ("test_study.py", "config.study.seeds="),
+    "study.start": ("test_study.py", "study.start='cpt' is none of"),
     "tokenizer.end_of_text": ("test_tokenizer.py", '"<|im_end|>")'),
 }
 
