@@ -232,7 +232,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m rpo_jax.evaluate", description=__doc__, fromfile_prefix_chars="@"
     )
     what = parser.add_argument_group("what is measured (one of these)")
-    what.add_argument("--config", metavar="FILE.py", help="a run, on held-out data")
+    what.add_argument(
+        "--config", metavar="FILE.py", help="a run, on held-out data; with --help: its flags"
+    )
     what.add_argument("--checkpoint", metavar="FOLDER", help="a model, by an exam")
     what.add_argument("--score", metavar="FILE", nargs="+", help="answers, .jsonl; globs")
     what.add_argument("--report", metavar="FOLDER", nargs="+", help="sittings that were made")

@@ -277,8 +277,8 @@ if __name__ == "__main__":
     cli.run(
         main,
         examples=(
-            "--config configs/fictional_cpt.py",
-            "--config configs/fictional_cpt.py --inspect=train:0,17",
+            "--config configs/fictional_base.py",
+            "--config configs/fictional_base.py --inspect=train:0,17",
         ),
         options={
             "beam": "make text records with Apache Beam (extra `beam`), with these options of its: "

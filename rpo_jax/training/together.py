@@ -75,10 +75,6 @@ def check_together(configs: Sequence[Config]) -> None:
             f"--together: data.row_sizes={first.data.row_sizes}: policies of one program compute "
             "rows of one length; 1 is wanted"
         )
-    if first.exam.name:
-        raise UserError(
-            f"--together: exam.name={first.exam.name!r}: policies of one program take no dev exam"
-        )
     for config in configs[1:]:
         for name, ours, theirs in list_changes(to_dict(first), to_dict(config)):
             if name not in OWN:
