@@ -59,11 +59,11 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.data.fictional.size = form["size"]
     config.data.sample.answers = form["answers"]
     config.data.sample.shots = 0
-    config.data.sample.explain_tokens = 144
+    config.data.sample.explain_tokens = 132
     config.data.sample.slots = 64
     config.data.pair.strategy = "hierarchy"
-    config.data.prompt_length = 128
-    config.data.response_length = 152
+    config.data.prompt_length = 112
+    config.data.response_length = 136
     config.data.row_length = 256
 
     # beta and alpha as arXiv:2404.19733v3 found best; its learning rate, 7e-7, was for a 70B model.
@@ -76,7 +76,7 @@ def get_config(arg: str = "quick") -> ConfigDict:
 
     config.exam.questions = form["questions"]
     config.exam.answer_tokens = 16
-    config.exam.explain_tokens = 144
+    config.exam.explain_tokens = 132
     config.exam.slots = 64
     return config
 
