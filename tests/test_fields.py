@@ -66,6 +66,9 @@ ELSEWHERE = {
     "study.seeds": ("test_study.py", "config.study.seeds="),
     "study.start": ("test_study.py", "study.start='cpt' is none of"),
     "tokenizer.end_of_text": ("test_tokenizer.py", '"<|im_end|>")'),
+    "study.worlds": ("test_study.py", "--config.study.worlds=(3,1000)"),
+    "study.seeds": ("test_study.py", "--config.study.seeds=(0,7)"),
+    "study.start": ("test_study.py", "--config.study.start=rpo"),
 }
 
 

@@ -117,6 +117,11 @@ def test_what_is_no_study_is_refused(tmp_path, body, told):
         read(tmp_path, body)
 
 
+def test_the_arm_that_others_are_compared_with_is_one_of_them(tmp_path):
+    with pytest.raises(UserError, match=r"study\.start='rpo' is none of base, cpt, dpo"):
+        read(tmp_path, ARMS, "--config.study.start=rpo")
+
+
 def test_other_flags_are_refused():
     with pytest.raises(UserError, match="--worlds: there is no such flag"):
         study.main(["--worlds=3"])
