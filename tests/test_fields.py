@@ -219,7 +219,7 @@ IGAKUQA = {
     "data.igakuqa.heldout_years": (2019,),
     "tokenizer.path": "one/tokenizer.model",
 }
-WORLD = {"data.row_length": 64, "tokenizer.train_vocab_size": 500}
+WORLD = {"data.row_length": 64, "tokenizer.train_vocab_size": 600}
 
 TABLES = [
     (
@@ -333,7 +333,7 @@ TABLES = [
         {
             "data.fictional.seed": 1,
             "data.fictional.text": "general",
-            "tokenizer.train_vocab_size": 490,
+            "tokenizer.train_vocab_size": 590,
         },
     ),
     (
@@ -439,7 +439,7 @@ def folder(tmp_path_factory):
             [
                 {
                     "id": f"{name}{i}",
-                    "key": f"k{i}",
+                    "key": f"k-{name}{i}",
                     "text": text,
                     "body": text[::-1],
                     "pad": "x" * 40000,

@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 BASE, CPT, RPO = (REPO / f"configs/fictional_{stage}.py" for stage in ("base", "cpt", "rpo"))
 SHAPE = {
     "model_type": "qwen2",
-    "vocab_size": 512,
+    "vocab_size": 608,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -46,7 +46,7 @@ def overrides(workdir, **fields):
     tiny = {
         "workdir": workdir,
         "data__fictional__size": "tiny",
-        "tokenizer__train_vocab_size": 500,
+        "tokenizer__train_vocab_size": 600,
         "train__steps": 40,
         "train__batch_rows": 8,
         "train__log_every_steps": 2,
@@ -150,7 +150,7 @@ def test_a_run_tells_what_it_forgets_and_what_it_was_made_of(workdir):
     seen = sum(int((record["segment_ids"] > 0).sum()) for record in records)
     assert summary["trained_on"]["read"] == 40 * 8
     assert summary["trained_on"]["tokens"] == round(320 / len(records) * seen)
-    assert before["general_nll"] == pytest.approx(np.log(500), abs=0.5)
+    assert before["general_nll"] == pytest.approx(np.log(600), abs=0.5)
     assert after["nll"] < after["general_nll"] != before["general_nll"]
     assert read_metrics(folder)[0]["heldout/general_nll"] == before["general_nll"]
     records = {open_records(path).fingerprint for path in (workdir / "data").glob("rows-*")}
@@ -231,7 +231,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in ("parameters", "mesh", "8 rows of 64 = 512 tokens", "steps", "GiB", "planned"):
         assert word in printed
-    assert re.search(r"there +tokenizer +trained on the text, 500 ids", printed)
+    assert re.search(r"there +tokenizer +trained on the text, 600 ids", printed)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -241,7 +241,7 @@ def test_dry_run_tells_what_is_there_and_what_is_missing(workdir, tmp_path, file
     cli.run(train_main, ["train", f"--config={RPO}", *arguments, "--dry_run"], dry_run="")
     printed = capsys.readouterr().out
     assert "MISSING" not in printed and "model FLOPs" in printed
-    assert re.search(rf"there +init_from +{workdir}/fictional-base: 500 ids", printed)
+    assert re.search(rf"there +init_from +{workdir}/fictional-base: 600 ids", printed)
     heldout.unlink()
     arguments.append("--config.init_from=fictional-bose")
     (tmp_path / "runs/one/model").mkdir(parents=True)
@@ -350,7 +350,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, capsys):
     arguments = base_overrides(tmp_path)
     (tmp_path / "shape.json").write_text(json.dumps(SHAPE | {"vocab_size": 300}))
     told = refuse(capsys, BASE, arguments)
-    assert "the tokenizer has ids up to 499, the embedding only 300 rows" in told
+    assert "the tokenizer has ids up to 599, the embedding only 300 rows" in told
     (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
     told = refuse(capsys, BASE, [*arguments, "--config.model.used_vocab_size=400"])
     assert "model.used_vocab_size=400 leaves out ids" in told
@@ -373,7 +373,7 @@ def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):
     assert "choose another --config.name" in told and "delete" not in told
     # ... which is told before anything is made
     made = set((workdir / "data").iterdir())
-    changed = base_overrides(workdir, tokenizer__train_vocab_size=490, optim__b1=0.5)
+    changed = base_overrides(workdir, tokenizer__train_vocab_size=590, optim__b1=0.5)
     assert "optim.b1: 0.9 -> 0.5" in refuse(capsys, BASE, changed)
     assert set((workdir / "data").iterdir()) == made
 
