@@ -259,7 +259,7 @@ def test_split_weights_give_the_same_and_nothing_is_asked_for_nothing(params, ex
     got = _generate(params, requests, slots=5, chunk=8, steps=7)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     generate = make_generate(NETWORK, mesh, TOKENIZER, slots=5, chunk=8, steps=7)
-    assert list(generate(split_layers(params), requests)) == got
+    assert list(generate(split_layers(params, turned=True), requests)) == got
     assert list(generate(params, [])) == []
 
 
