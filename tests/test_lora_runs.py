@@ -13,6 +13,7 @@ from rpo_jax.evaluate import main as evaluate_main
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.origin import load_params, load_run
 from rpo_jax.training.state import abstract_weights
+from tests.test_lora import merged
 from tests.test_train import CPT, RPO, overrides, refuse, rpo_overrides, run, workdir
 from tests.tiny import make_config, relative_difference
 
