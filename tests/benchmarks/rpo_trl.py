@@ -60,9 +60,9 @@ EOS = 0
 SHARED = REPO.parent / "shared" / "data"
 # How ours runs by default; each of them computes the same numbers.
 SETTINGS = {
-    "rpo": {"train": {"loss_chunk": 320, "keep_logits": True}},
-    "exam": {"train": {"loss_chunk": 600, "keep_logits": True}},
-    "cpt": {"train": {"loss_chunk": 256, "keep_logits": True}},
+    "rpo": {"train": {"loss_chunk": 320, "keep_logits": True}, "model": {"remat": "dots"}},
+    "exam": {"train": {"loss_chunk": 600, "keep_logits": True}, "model": {"remat": "dots"}},
+    "cpt": {"train": {"loss_chunk": 256, "keep_logits": True}, "model": {"remat": "dots"}},
 }
 
 
