@@ -1,7 +1,9 @@
 """Plans by the TPU compiler itself: one small program, its cache, and what is refused."""
 
 import dataclasses
+import gzip
 import json
+import re
 
 import jax
 import numpy as np
@@ -72,6 +74,14 @@ def test_a_small_rpo_step_compiles_for_a_tpu(planned):
     assert {"fsdp", "tensor"} <= set(plan["collectives_gb"])
     assert "DOES NOT FIT" not in command.format_plan(plan)
     assert json.loads(json.dumps(plan)) == plan
+
+
+def test_layers_are_cast_one_by_one(planned):
+    """The weights of the MLP, two layers in float32, are never whole in bfloat16 beside."""
+    (stored,) = planned[0].iterdir()
+    hlo = json.loads(gzip.decompress(stored.read_bytes()))["hlo"]
+    assert "f32[2,128,256]" in hlo
+    assert not re.search(r"= bf16\[2,128,256\]\S* convert\(", hlo)
 
 
 def test_the_same_program_is_not_compiled_again(planned, monkeypatch):

@@ -345,9 +345,11 @@ def _gather(network: Network, weights: Params) -> Params:
         if isinstance(leaf, Turned):
             return leaf  # of one device
         if not is_quantized(leaf) and leaf.dtype != network.compute_dtype:
-            # Behind a barrier, or the compiler casts all layers before the first one is computed
-            # and has the weights lie there twice.
-            leaf = jax.lax.optimization_barrier(leaf).astype(network.compute_dtype)
+            # Behind a barrier, and rounded before it is cast, or the compiler casts all layers
+            # before the first one is computed and has the weights lie there twice.
+            to = jnp.finfo(network.compute_dtype)
+            leaf = jax.lax.reduce_precision(jax.lax.optimization_barrier(leaf), to.nexp, to.nmant)
+            leaf = leaf.astype(network.compute_dtype)
         return jax.tree.map(lambda x: constrain(x, *gathered(axes[1:])), leaf)
 
     axes = param_axes(network.base)["layers"]
