@@ -40,9 +40,19 @@ THEIRS = [
 OURS = [
     (16, 16, 4, "full"),
     (16, 16, 4, "dots"),
-    (64, 64, 1, "full"),
-    (64, 64, 1, "mlp"),
+    (64, 64, 1, "dots"),
+    (64, 32, 2, "dots"),
 ]
+# Of every step of MaxText.
+_ALWAYS = {
+    "compile_topology_num_slices": 1,
+    "attention": "flash",
+    "dataset_type": "synthetic",
+    "run_name": "anchor",
+    "enable_checkpointing": False,
+    "steps": 10,
+    "scan_layers": True,
+}
 # MaxText's ahead-of-time compiler keeps the executable only; its text is caught on the way.
 _CATCH = """
 import runpy, sys
@@ -57,9 +67,19 @@ runpy.run_module("maxtext.trainers.pre_train.train_compile", run_name="__main__"
 """
 
 
-def compile_theirs(venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, remat: str) -> Any:
-    """Compiles MaxText's step; its text and its bytes of arguments and temporaries."""
-    text = cache / f"maxtext-{rows}-{fsdp}-{tensor}-{remat}.txt"
+def compile_theirs(
+    venv: Path, cache: Path, name: str, fields: dict[str, Any], flags: str = ""
+) -> dict[str, Any]:
+    """Compiles MaxText's step; its text, and what its arguments and temporaries take.
+
+    Args:
+        venv: where MaxText is installed.
+        cache: folder of what was compiled, by name.
+        name: of the program.
+        fields: of its config.
+        flags: of the compiler, beyond its defaults.
+    """
+    text = cache / f"maxtext-{name}.txt"
     note = text.with_suffix(".json")
     if not note.exists():
         python = venv / "bin" / "python"
@@ -67,42 +87,46 @@ def compile_theirs(venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, r
         package = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
         base = Path(package.stdout.split()[-1]) / "configs" / "base.yml"
         with tempfile.TemporaryDirectory() as folder:
-            fields = {
-                "compile_topology": "v5p-128",
-                "compile_topology_num_slices": 1,
-                "model_name": "qwen2.5-14b",
-                "override_model_config": True,
-                "base_emb_dim": 8192,
-                "base_num_query_heads": 64,
-                "base_num_kv_heads": 8,
-                "base_mlp_dim": 29568,
-                "base_num_decoder_layers": 80,
-                "ici_fsdp_parallelism": fsdp,
-                "ici_tensor_parallelism": tensor,
-                "per_device_batch_size": rows / 64,
-                "max_target_length": ROW,
-                "remat_policy": remat,
-                "attention": "flash",
-                "dataset_type": "synthetic",
-                "run_name": "anchor",
-                "base_output_directory": folder,
-                "enable_checkpointing": False,
-                "steps": 10,
-                "scan_layers": True,
-                "compiled_trainstep_file": f"{folder}/step.pickle",
-            }
-            words = [f"{name}={value}" for name, value in fields.items()]
+            words = _ALWAYS | fields
+            words |= {"base_output_directory": folder}
+            words |= {"compiled_trainstep_file": f"{folder}/step.pickle"}
             done = subprocess.run(
-                [python, "-c", _CATCH, text, base, *words],
+                [
+                    *(python, "-c", _CATCH, text, base),
+                    *(f"{name}={value}" for name, value in words.items()),
+                ],
                 capture_output=True,
                 text=True,
-                check=True,
-                env=_environment(),
+                env=_environment() | {"LIBTPU_INIT_ARGS": flags},
             )
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr[-4000:]}")
         sizes = re.findall(r"(argument|temp)_size_in_bytes=(\d+)", done.stdout + done.stderr)
         write_json(note, {name: int(size) for name, size in sizes if int(size)})
     memory = json.loads(note.read_text())
     return {"hlo": text.read_text(), "gb": (memory["argument"] + memory["temp"]) / 1e9}
+
+
+def compile_beside(
+    venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, remat: str
+) -> dict[str, Any]:
+    """MaxText's step of Qwen2.5-72B's shape."""
+    fields = {
+        "compile_topology": "v5p-128",
+        "model_name": "qwen2.5-14b",
+        "override_model_config": True,
+        "base_emb_dim": 8192,
+        "base_num_query_heads": 64,
+        "base_num_kv_heads": 8,
+        "base_mlp_dim": 29568,
+        "base_num_decoder_layers": 80,
+        "ici_fsdp_parallelism": fsdp,
+        "ici_tensor_parallelism": tensor,
+        "per_device_batch_size": rows / 64,
+        "max_target_length": ROW,
+        "remat_policy": remat,
+    }
+    return compile_theirs(venv, cache, f"{rows}-{fsdp}-{tensor}-{remat}", fields)
 
 
 _COMPILE = """
@@ -180,6 +204,13 @@ def read(compiled: Any, rows: int, fsdp: int, tensor: int) -> dict[str, float]:
     }
 
 
+def list_versions(venv: Path) -> dict[str, str]:
+    """Of what compiles there."""
+    pip = [venv / "bin" / "pip", "list", "--format=json"]
+    listed = json.loads(subprocess.run(pip, capture_output=True, text=True, check=True).stdout)
+    return {e["name"]: e["version"] for e in listed if e["name"] in ("maxtext", "jax", "libtpu")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, required=True, help="where MaxText is installed")
@@ -189,14 +220,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     args.cache.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
-    for name, make, cases in (("MaxText", compile_theirs, THEIRS), ("ours", compile_ours, OURS)):
+    for name, make, cases in (("MaxText", compile_beside, THEIRS), ("ours", compile_ours, OURS)):
         for case in cases:
             key = "{}: {} rows, fsdp {} x tensor {}, remat {}".format(name, *case)
             found[key] = read(make(args.venv, args.cache, *case), *case[:3])
             print(key, found[key], flush=True)
-    pip = [args.venv / "bin" / "pip", "list", "--format=json"]
-    listed = json.loads(subprocess.run(pip, capture_output=True, text=True, check=True).stdout)
-    versions = {entry["name"]: entry["version"] for entry in listed}
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
     )
@@ -205,7 +233,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: versions[name] for name in ("maxtext", "jax", "libtpu")},
+        "versions": list_versions(args.venv),
         "topology": TOPOLOGY,
         "steps": found,
     }
