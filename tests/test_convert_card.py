@@ -9,7 +9,7 @@ from converting import import_, run
 from hub import TIED, write_checkpoint
 from tiny import make_config
 
-from rpo_jax.config import Config, Lora, to_dict
+from rpo_jax.config import Config, Fictional, Lora, Pair, Sample, to_dict
 from rpo_jax.weights.card import make_card, make_notice
 from rpo_jax.weights.history import History, tell_history
 
@@ -91,6 +91,23 @@ def test_runs_tell_how_a_model_came_about(tmp_path: Path) -> None:
     assert "of step 5 of 10" in early.method and early.results == ""
     assert tell_history(tmp_path / "first", 10).results == ""
     assert tell_history(tmp_path / "nothing", 0) == History()
+
+
+def test_pairs_tell_whose_answers_they_are_of(tmp_path: Path) -> None:
+    data = {
+        "source": "candidates",
+        "sample": Sample(answers=0, files=("/secret/ans.jsonl",)),
+        "pair": Pair(strategy="right_over_wrong"),
+        "fictional": Fictional(size="tiny"),
+    }
+    folder = write_run(tmp_path, make_config("rpo", data=data))
+    records = tmp_path / "data" / "pairs-0123456789abcdef"
+    records.mkdir(parents=True)
+    (records / "dataset.json").write_text('{"records": 8}')
+    told = tell_history(folder, 10).data
+    assert "pairs by right_over_wrong of answers to the fictional world 0 (tiny)" in told
+    assert "(those in ans.jsonl), pairs trained on: 8; fingerprint 0123456789abcdef." in told
+    assert "textbook" not in told and "/secret" not in told and "drawn" not in told
 
 
 def test_a_run_of_another_version_is_not_told(

@@ -35,7 +35,7 @@ def tell_history(folder: Path, step: int) -> History:
         method += "" if step == of else f" These weights are of step {step} of {of}."
     return History(
         method=method,
-        data="\n".join(_describe_data(config, data) for _, config, data in runs),
+        data="\n".join(_describe_data(*run) for run in runs),
         results="\n\n".join(filter(None, (_tell_heldout(folder, step), _tell_exams(folder, step)))),
     )
 
@@ -78,16 +78,54 @@ def _describe_method(config: Config) -> str:
     )
 
 
-def _describe_data(config: Config, fingerprints: dict[str, str]) -> str:
+def _describe_data(folder: Path, config: Config, fingerprints: dict[str, str]) -> str:
     data = config.data
     if data.source == "files":
-        what = ", ".join(Path(name).name for name in data.train)
-    elif data.source == "igakuqa":
-        what = f"IgakuQA {', '.join(map(str, data.igakuqa.train_years))} (arXiv:2303.18027)"
+        what = _name_files(data.train)
+    elif data.source == "candidates":
+        what = _describe_candidates(config)
+    elif config.stage == "cpt" and data.source == "fictional":
+        text = data.fictional.text.replace("both", "general and textbook")
+        what = f"{_name_exam(config, data.source)}, its {text} passages"
     else:
-        what = f"the fictional world, {data.fictional.text} ({data.fictional.size})"
-    mark = fingerprints.get("the training data", "unknown")[:16]
-    return f"- **{config.stage.upper()}** (`{config.name}`): {what}; fingerprint {mark}."
+        what = _name_exam(config, data.source)
+    mark = fingerprints.get("the training data", "unknown")
+    if config.stage == "rpo":
+        for name, how in (("training", "pairs trained on"), ("held-out", "held out")):
+            count = _count_pairs(folder, fingerprints.get(f"the {name} data", ""))
+            what += f", {how}: {count}" if count else ""
+    return f"- **{config.stage.upper()}** (`{config.name}`): {what}; fingerprint {mark[:16]}."
+
+
+def _describe_candidates(config: Config) -> str:
+    sample, pair = config.data.sample, config.data.pair
+    drawn = f"{sample.answers} a question and mode drawn from the model it began with"
+    answers = [drawn] if sample.answers else []
+    answers += [f"those in {_name_files(sample.files)}"] if sample.files else []
+    truth = f" with explanations of {_name_files(pair.explanations)}" if pair.explanations else ""
+    return (
+        f"pairs by {pair.strategy} of answers to {_name_exam(config, sample.exam)} "
+        f"({' and '.join(answers)}){truth}"
+    )
+
+
+def _name_exam(config: Config, name: str) -> str:
+    data = config.data
+    if name == "fictional":
+        return f"the fictional world {data.fictional.seed} ({data.fictional.size})"
+    years = ", ".join(map(str, data.igakuqa.train_years))
+    return f"IgakuQA {years} (arXiv:2303.18027)" if name == "igakuqa" else f"{name} {years}"
+
+
+def _name_files(patterns: tuple[str, ...]) -> str:
+    """Names alone: a release does not tell where its files lay."""
+    return ", ".join(Path(pattern).name for pattern in patterns)
+
+
+def _count_pairs(folder: Path, fingerprint: str) -> int:
+    """How many there are in the records of a run; 0 if these are not there any more."""
+    path = folder.parent / "data" / f"pairs-{fingerprint[:16]}" / "dataset.json"
+    return _read(path).get("records", 0) if path.is_file() else 0
 
 
 def _tell_heldout(folder: Path, step: int) -> str:
