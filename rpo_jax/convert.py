@@ -75,8 +75,9 @@ def export_command(args: argparse.Namespace) -> None:
     if base != "none" and not is_hub_id(base):
         raise UserError(
             f"--base{f'={args.base}' if args.base else ''}: the card must name the base model, "
-            "whose licence applies: give its hub id, such as Qwen/Qwen2.5-72B, or `none` for a "
-            "model trained from nothing"
+            "whose licence applies, and only an import of a hub id tells it: give its hub id, such "
+            "as Qwen/Qwen2.5-72B, or `none` for a model trained from random weights, or one whose "
+            "base is not known"
         )
     if args.adapter:
         _export_adapters(weights, base, args)
@@ -100,8 +101,9 @@ def _write_papers(
     given = {name: _read_text(getattr(args, name)) for name in vars(history)}
     history = replace(history, **{name: text for name, text in given.items() if text})
     notice = make_notice(base)
+    imported = weights.manifest
     which = f"Step {weights.step}, {stated}."
-    card = make_card(base, which, not weights.sums, history, library)
+    card = make_card(base, which, not weights.sums, history, library, imported is not None)
     return {"README.md": card} | ({"NOTICE": notice} if notice else {})
 
 
@@ -354,7 +356,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--adapter", action="store_true", help="the adapters alone, as PEFT loads them, unmerged"
     )
     add_export("--dtype", choices=sorted(DTYPE_NAMES), help="by default that of the checkpoint")
-    add_export("--base", help="hub id of the base model, or none; by default what was imported")
+    add_export(
+        "--base",
+        help="hub id of the base model, or none; by default the hub id that was imported: what "
+        "came from a folder, or from random weights, wants it given",
+    )
     for name in ("method", "data", "results"):
         add_export(
             f"--{name}",

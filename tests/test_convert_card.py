@@ -32,10 +32,18 @@ def test_the_card_says_whose_it_is_and_what_not_to_do(
     assert "wants a copy of itself" in said["a"]
     assert "license: apache-2.0\n" in small and "base_model: Qwen/Qwen2.5-7B\n" in small
     assert not (tmp_path / "b" / "NOTICE").exists() and "LICENSE" not in said["b"]
-    assert "base_model" not in none
+    assert "base_model" not in none and "random weights" not in none
+    assert "imported from files; their base model was not named" in none
     for card in (big, small, none):
         assert "Do not use it to diagnose" in card and "IgakuQA 2022: 0.5" in card
         assert "changed by further training" not in card
+
+
+def test_a_card_without_a_base_tells_where_it_began() -> None:
+    random = make_card("none", "Step 1.", True, History()).decode()
+    assert "Trained from random weights; there is no base model." in random
+    further = make_card("none", "Step 1.", True, History(), imported=True).decode()
+    assert "imported from files" in further and "changed by further training" in further
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ _LICENCES = {
     "Qwen2.5-3B": ("qwen-research", "Qwen RESEARCH LICENSE AGREEMENT"),
     "Qwen2.5-Coder-3B": ("qwen-research", "Qwen RESEARCH LICENSE AGREEMENT"),
 }
+_CHANGED = " The weights were changed by further training, see below."
 
 
 def _find_licence(base: str) -> tuple[str, str]:
@@ -32,21 +33,34 @@ def make_notice(base: str) -> bytes:
 
 
 def make_card(
-    base: str, weights: str, trained: bool, history: History, library: str = "transformers"
+    base: str,
+    weights: str,
+    trained: bool,
+    history: History,
+    library: str = "transformers",
+    imported: bool = False,
 ) -> bytes:
     """A model card in the hub's format.
 
     Args:
-        base: hub id of the base model, or `none`.
+        base: hub id of the base model, or `none`: there is none, or it is not to be named.
         weights: which weights these are: step, number of parameters, dtype.
         trained: whether they are other than those of the base.
         history: how it was trained, on what, and what was measured.
         library: that loads it, by the hub's name.
+        imported: whether it began with weights made elsewhere.
     """
     name = base.rpartition("/")[2]
     front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     front += ["tags:", "- medical", "- not-for-clinical-use"]
-    if base == "none":
+    if base == "none" and imported:
+        origin = (
+            "Began with weights that were made elsewhere and imported from files; their base model "
+            "was not named. Whatever licence they came under applies."
+        )
+        if trained:
+            origin += _CHANGED
+    elif base == "none":
         origin = "Trained from random weights; there is no base model."
     else:
         tag, licence = _find_licence(base)
@@ -60,7 +74,7 @@ def make_card(
         if tag.startswith("qwen"):
             origin += f" Built with Qwen. {make_notice(base).decode().strip()}"
         if trained:
-            origin += " The weights were changed by further training, see below."
+            origin += _CHANGED
     sections = {
         "Not for clinical use": (
             "This is a research model. It is no medical device, nobody has validated it for care, "
