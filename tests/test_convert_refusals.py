@@ -164,6 +164,32 @@ def test_a_target_keeps_what_it_was_made_of(
     assert read_files(tmp_path / "model").keys() == held.keys()
 
 
+def test_a_finished_export_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_(write_checkpoint(tmp_path / "in", TIED), tmp_path / "model")
+    out = tmp_path / "out"
+    words = ("export", "--base=none", "--source", tmp_path / "model", "--target", out)
+    run(*words)
+    (out / "LICENSE").write_text("what the command asks for")
+    shard = out / "model-00002-of-00003.safetensors"
+    held = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    run(*words)
+    assert held == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    message = refusal(capsys, *words, "--dtype=float32")
+    assert "missing or other: README.md, config.json" in message
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert f"missing or other: {shard.name})" in refusal(capsys, *words)
+    shard.unlink()
+    assert f"missing or other: {shard.name})" in refusal(capsys, *words)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert "a folder with something else in it" in refusal(capsys, *words)
+
+
 def test_unfinished_work_is_resumed_by_its_own_source_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,15 @@ from rpo_jax.weights.flow import write_whole
 from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import read_json, read_shard
 from rpo_jax.weights.store import DTYPES, Piece
-from rpo_jax.weights.workplace import claim, find_workplace, give_name, hold
+from rpo_jax.weights.workplace import (
+    claim,
+    find_workplace,
+    give_name,
+    hold,
+    is_finished,
+    list_other_files,
+    refuse_other,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -129,7 +137,7 @@ def write_peft(
     """Writes adapters as a folder that PEFT loads.
 
     Args:
-        target: a new folder, there once it is whole.
+        target: a new folder, there once it is whole; left alone if it holds these already.
         pairs: our adapters of all layers, float32 on the host, as `init_adapters` lays them out.
         lora: rank, alpha and targets.
         shape: of the base.
@@ -137,7 +145,7 @@ def write_peft(
         papers: what goes beside them by name, such as the model card.
 
     Raises:
-        UserError: the target exists, or unfinished work on something else does.
+        UserError: the target is something else, or unfinished work on something else does.
     """
     tensors, modules = {}, set()
     for stem, a, b in list_factors(pairs, lora, shape).values():
@@ -162,6 +170,9 @@ def write_peft(
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
+    if is_finished(target, files):
+        refuse_other(target, list_other_files(target, files))
+        return
     folder = find_workplace(target)
     claim(folder, {"adapters": {name: sha256(data).hexdigest() for name, data in files.items()}})
     with hold(folder, alone=True, wait=False) as held:

@@ -41,6 +41,7 @@ from rpo_jax.weights.shards import (
     make_index,
     make_shard,
     read_json,
+    stat_file,
 )
 from rpo_jax.weights.store import (
     DTYPES,
@@ -57,6 +58,9 @@ from rpo_jax.weights.workplace import (
     find_workplace,
     give_name,
     hold,
+    is_finished,
+    list_other_files,
+    refuse_other,
     refuse_unfinished,
     tidy,
 )
@@ -127,7 +131,7 @@ def export_weights(
 
     Args:
         weights: what to export.
-        target: a folder that does not exist yet.
+        target: the folder to make; left alone if it holds this very export already.
         ram_budget_gib: anonymous memory of this process, GiB.
         dtype: "BF16" or "F32"; None keeps that of the checkpoint.
         papers: what goes beside the weights by name, such as the model card; what the model folder
@@ -137,7 +141,7 @@ def export_weights(
         What is not as it was imported in the small files, a line each.
 
     Raises:
-        UserError: damaged or non-finite weights, no space, or a target that exists.
+        UserError: damaged or non-finite weights, no space, or a target that is something else.
     """
     dtype = dtype or weights.arrays.dtype
     plan = {"export": {"weights": fingerprint_step(weights.folder_of_step), "dtype": dtype}}
@@ -145,8 +149,18 @@ def export_weights(
         check_plan(target, plan)  # it was killed with nothing left but this to do
         tidy(target)
         return []
-    folder = find_workplace(target)
     shards, index = plan_shards(weights, dtype)
+    kept, changes = describe_release(weights.folder / "model", dtype)
+    files = papers | kept
+    if index is not None or shards[0].file == SINGLE:
+        files.pop(INDEX, None)
+    if index is not None:
+        files[INDEX] = index
+    if is_finished(target, files):
+        other = list_other_files(target, files)
+        refuse_other(target, other or _list_other(weights, shards, target, ram_budget_gib, dtype))
+        return changes
+    folder = find_workplace(target)
     if not folder.exists():
         check_space(target, sum(shard.size for shard in shards))
     claim(folder, plan)
@@ -154,12 +168,6 @@ def export_weights(
         if not held:
             raise UserError(f"{folder}: another process is at work there")
         _fill(weights, shards, folder, ram_budget_gib, dtype)
-        kept, changes = describe_release(weights.folder / "model", dtype)
-        files = papers | kept
-        if index is not None or shards[0].file == SINGLE:
-            files.pop(INDEX, None)
-        if index is not None:
-            files[INDEX] = index
         for file, data in files.items():
             write_whole(folder / file, data)
         give_name(folder, target)
@@ -187,6 +195,35 @@ def _fill(
     pace = _set_pace(weights, ram_budget_gib, dtype)
     with show_progress("export", total, total - left) as progress:
         run_all(write_shard, todo, pace.threads, progress)
+
+
+def _list_other(
+    weights: Weights, shards: list[Shard], target: epath.Path, ram_budget_gib: float, dtype: str
+) -> list[str]:
+    """Names of those shards that a finished target lacks, or holds with other bytes."""
+    sizes = {shard.file: shard.size for shard in shards}
+    other = [
+        file
+        for file, size in sizes.items()
+        if not (target / file).exists() or stat_file(target / file)[0] != size
+    ]
+    if other:
+        return other
+
+    def compare(shard: Shard, advance: Callable[[int], None]) -> None:
+        header = shard.header.encode()
+        with (target / shard.file).open("rb") as file:
+            same = file.read(8 + len(header))[8:] == header
+            for block in _read(weights, shard, dtype, pace):
+                same = same and file.read(len(block)) == bytes(block)
+                advance(len(block))
+        if not same:
+            other.append(shard.file)
+
+    pace = _set_pace(weights, ram_budget_gib, dtype)
+    with show_progress("compare", sum(map(_count_data, shards))) as progress:
+        run_all(compare, shards, pace.threads, progress)
+    return sorted(other)
 
 
 def verify_checksums(weights: Weights, ram_budget_gib: float) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -36,6 +36,33 @@ def find_workplace(target: epath.Path) -> epath.Path:
         kind = "a folder with something else in it" if target.is_dir() else "a file"
         raise UserError(f"{target}: is there already, {kind}; choose another --target")
     return target.parent / f"{target.name}.partial"
+
+
+def is_finished(target: epath.Path, files: Iterable[str]) -> bool:
+    """Whether any of these files is in a target that nothing is at work on."""
+    return not (target / MARKER).exists() and any((target / name).exists() for name in files)
+
+
+def list_other_files(target: epath.Path, files: dict[str, bytes]) -> list[str]:
+    """Names of those of some small files that are missing in a target, or have other bytes."""
+    return [
+        name
+        for name, data in files.items()
+        if not (target / name).exists() or (target / name).read_bytes() != data
+    ]
+
+
+def refuse_other(target: epath.Path, other: list[str]) -> None:
+    """Refuses a finished target with files that are not what a command would make.
+
+    Raises:
+        UserError: names them, if there are any.
+    """
+    if other:
+        raise UserError(
+            f"{target}: is there already, and not as this command makes it (missing or other: "
+            f"{', '.join(other[:5])}); choose another --target"
+        )
 
 
 def claim(folder: epath.Path, plan: dict[str, Any]) -> None:
