@@ -151,6 +151,8 @@ def test_a_target_keeps_what_it_was_made_of(
     import_(source, tmp_path / "model")
     held = read_files(tmp_path / "model")
     import_(source, tmp_path / "model")  # the same again
+    os.utime(source / "model-00001-of-00003.safetensors", (1, 1))
+    import_(source, tmp_path / "model")  # the same bytes, later
     words = ("import", "--source", source, "--target", tmp_path / "model")
     write_checkpoint(source, TIED, seed=1)
     message = refusal(capsys, *words)

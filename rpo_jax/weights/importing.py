@@ -39,11 +39,12 @@ from rpo_jax.weights.manifest import (
     read_manifest,
 )
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES, Entry, is_remote, read_bytes
+from rpo_jax.weights.shards import ITEM_BYTES, Entry, Shard, is_remote, read_bytes
 from rpo_jax.weights.source import KEPT_FILES, Source, fingerprint_files
 from rpo_jax.weights.store import (
     CHECKPOINTS,
     DTYPES,
+    PIECE_BYTES,
     Arrays,
     create,
     cut_pieces,
@@ -124,6 +125,10 @@ def _is_done(source: Source, files: dict[str, str], target: epath.Path) -> bool:
     if manifest is None:
         return False
     changed = list_differences(manifest.files, files)
+    # Of a local shard whose time of change alone is another, the bytes tell.
+    touched = [name for name in changed if _is_touched(manifest.files, files, name)]
+    if changed == touched:
+        changed = _list_other(source, manifest, touched)
     if changed:
         raise UserError(
             f"{target}: holds an import of {manifest.source} already, and {source.name} has "
@@ -132,6 +137,37 @@ def _is_done(source: Source, files: dict[str, str], target: epath.Path) -> bool:
     if not _step(target).exists() or fingerprint_step(_step(target)) != manifest.checkpoint:
         raise UserError(f"{target}: holds a run that began with this; choose another --target")
     return True
+
+
+def _is_touched(before: dict[str, str], after: dict[str, str], name: str) -> bool:
+    """Whether a fingerprint of `fingerprint_files` differs in the time of change alone."""
+    head, found, _ = before.get(name, "").partition(" bytes, ")
+    return bool(found) and after.get(name, "").startswith(head + found)
+
+
+def _list_other(source: Source, manifest: Manifest, files: list[str]) -> list[str]:
+    """Those of some shards that hold other bytes than were imported."""
+    shards = [shard for shard in source.shards if shard.file in files]
+    other = []
+
+    def compare(shard: Shard, advance: Callable[[int], None]) -> None:
+        path = source.directory / shard.file
+        with path.open("rb") as file:
+            for entry in shard.entries:
+                digest = hashlib.sha256()
+                for start in range(entry.start, entry.end, PIECE_BYTES):
+                    raw = read_bytes(file, start, min(start + PIECE_BYTES, entry.end), str(path))
+                    digest.update(raw.data)
+                    advance(len(raw))
+                if digest.hexdigest() != manifest.sums[entry.name]:
+                    other.append(shard.file)
+                    return
+
+    total = sum(entry.size for shard in shards for entry in shard.entries)
+    if shards:
+        with show_progress("compare", total) as progress:
+            run_all(compare, shards, count_threads(len(shards)), progress)
+    return sorted(other)
 
 
 def _lay_out(source: Source, target: epath.Path, folder: epath.Path, plan: dict[str, Any]) -> None:
