@@ -25,6 +25,7 @@ from etils import epath
 
 from rpo_jax.cli import Parser, exit_on_error
 from rpo_jax.config import Mesh as MeshConfig
+from rpo_jax.data.tokenizer import FILE_NAMES, read_tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, forward, head_table
 from rpo_jax.model.shape import parse_shape
@@ -57,6 +58,15 @@ def import_command(args: argparse.Namespace) -> None:
         _import_adapters(epath.Path(args.source), Path(args.base), Path(args.target))
         return
     source = find_source(args.source, args.revision, args.target)
+    if not any((source.directory / name).exists() for name in FILE_NAMES):
+        wanted = " or ".join(FILE_NAMES)
+        logging.warning(
+            "%s: holds no %s, which all that reads text with the model wants: train, generate, "
+            "evaluate. Put one there before importing, or into %s/model afterwards",
+            source.name,
+            wanted,
+            args.target,
+        )
     if import_weights(source, args.target, args.ram_budget_gib, args.part):
         print(f"{args.target}: {_count(source.tensors):,} parameters, {source.dtype}")
     else:
@@ -229,26 +239,22 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
 
     Raises:
         UserError: they are not installed, `against` is not such a model, ours lies in a bucket, or
-            there is no tokenizer.json to read the text with.
+            there is no tokenizer to read the text with.
     """
     try:
         import torch
         import transformers
     except ImportError as error:
         raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
-    from tokenizers import Tokenizer
 
     if is_remote(weights.folder):
         raise UserError(f"--against: {weights.folder} is in a bucket; copy it to a disk first")
     peer = find_source(against)
     if peer.shape != weights.shape:
         raise UserError(f"--against={against}: has another shape than {weights.folder}")
-    tokenizer = weights.folder / "model" / "tokenizer.json"
-    if not tokenizer.exists():
-        raise UserError(f"{tokenizer}: no such file; without it the text cannot become tokens")
-    tokens = np.array([Tokenizer.from_file(str(tokenizer)).encode(text).ids])
+    tokens = np.array([read_tokenizer(Path(weights.folder / "model")).encode(text)])
     if not tokens.size:
-        raise UserError(f"{tokenizer}: makes no tokens of the text; give another --text")
+        raise UserError("the tokenizer makes no tokens of the text; give another --text")
 
     def compare() -> float:
         network = Network(weights.shape, param_dtype=DTYPES[weights.arrays.dtype].name)
@@ -366,7 +372,11 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{name}",
             help=f"Markdown file for the card's section on {name}; by default what the runs tell",
         )
-    add_verify("--against", help="folder or hub id that transformers loads, to compare logits with")
+    add_verify(
+        "--against",
+        help="folder or hub id of safetensors (an export, or what was imported) whose logits, as "
+        "transformers computes them, are compared with",
+    )
     add_verify("--text", help="UTF-8 file with the text to compare on")
     add_verify(
         "--tolerance", type=_parse_positive, default=1e-3, help="of any logit (default 1e-3)"

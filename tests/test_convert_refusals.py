@@ -296,6 +296,19 @@ def test_what_was_meant_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "holds a run" in message
 
 
+def test_a_source_without_a_tokenizer_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint(tmp_path / "in", TIED)
+    import_(source, tmp_path / "whole")
+    assert "tokenizer" not in capsys.readouterr().err
+    (source / "tokenizer.json").unlink()
+    import_(source, tmp_path / "model")
+    said = capsys.readouterr().err
+    assert "holds no tokenizer.json or tokenizer.model" in said
+    assert f"into {tmp_path}/model/model afterwards" in said
+
+
 def test_a_folder_is_no_hub_id(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

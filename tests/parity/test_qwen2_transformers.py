@@ -421,6 +421,7 @@ def test_verify_compares_logits(
     vocabulary = {"a": 0, "b": 1, "<unk>": 2}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(source / "tokenizer.json"))
     (tmp_path / "text").write_text("a b a a c")
     convert.main(["import", f"--source={source}", f"--target={model}"])
@@ -444,6 +445,10 @@ def test_verify_compares_logits(
         said = capsys.readouterr()
         assert stop.value.code == 2
         assert told in said.err and "checksum" not in said.out + said.err
+    (model / "model" / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit):
+        convert.main([*words, f"--against={source}"])
+    assert "tokenizer.json or tokenizer.model is wanted" in capsys.readouterr().err
 
 
 def test_an_export_loads_and_generates(tmp_path: Path) -> None:
