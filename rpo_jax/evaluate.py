@@ -288,7 +288,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="",
         help="of several hosts with the same command and a common --out, this one's: 0/4, 1/4, ...",
     )
-    where.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    where.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the weights; default: %(default)s",
+    )
     where.add_argument("--json", action="store_true", help="print one line of JSON, and no table")
     args = parser.parse_args(argv)
     if sum(bool(value) for value in (args.checkpoint, args.score, args.report)) != 1:

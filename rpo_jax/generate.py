@@ -136,16 +136,31 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", help="one text; its completion is printed")
     add("--prompts", type=Path, help="JSONL file of prompts")
     add("--out", type=Path, help="JSONL file for their completions")
-    add("--max_tokens", type=int, default=defaults.max_tokens, help="of a completion")
+    add(
+        "--max_tokens",
+        type=int,
+        default=defaults.max_tokens,
+        help="of a completion (default %(default)s)",
+    )
     add(
         "--temperature", type=float, default=defaults.temperature, help="0 (default): the likeliest"
     )
     add("--top_k", type=int, default=defaults.top_k, help="draw among so many; 0 (default): all")
-    add("--top_p", type=float, default=defaults.top_p, help="draw among so much probability")
+    add(
+        "--top_p",
+        type=float,
+        default=defaults.top_p,
+        help="draw among so much probability; %(default)s (default): all",
+    )
     add("--stop", action="append", default=[], help="text to stop before; may be given again")
     add("--seed", type=int, default=0, help="with the id, decides what is drawn (default 0)")
     add("--slots", type=int, default=16, help="completions at a time (default 16)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights (default %(default)s)",
+    )
     add("--tensor", type=int, default=1, help="devices that each matrix is cut over (default 1)")
     return parser
 
