@@ -1,8 +1,10 @@
 """The command line: overrides, help, and errors without tracebacks."""
 
+import runpy
+
 import pytest
 
-from rpo_jax import cli
+from rpo_jax import cli, evaluate, generate
 from rpo_jax.errors import UserError
 
 CONFIG = """
@@ -155,6 +157,25 @@ def test_commands_without_a_config_err_alike(args, message, capsys):
         parser.parse_args(args)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_help_without_a_config_tells_defaults(capsys):
+    for command, wanted in (
+        (generate.main, ("(default 256)", "1.0 (default): all", "(default float32)")),
+        (evaluate.main, ("of the weights; default: float32",)),
+    ):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(words in said for words in wanted), said
+
+
+def test_python_m_rpo_jax_lists_the_verbs(capsys):
+    runpy.run_module("rpo_jax", run_name="__main__")
+    told = capsys.readouterr().out
+    assert "rpo_jax.train     Trains one run.\n" in told
+    assert "rpo_jax.pair      Preference pairs of an exam.\n" in told
+    assert "rpo_jax.cli " not in told and "__main__" not in told
 
 
 def test_overrides_stand_beside_flags():
