@@ -12,9 +12,9 @@ Answers made elsewhere, a line of JSON each (id and text, or the published predi
 
     python -m rpo_jax.evaluate --score FILE --exam igakuqa --exam_dir DIR --year 2022
 
-The report of one or several sittings, made again from the answers on disk:
+The report of a sitting, or the comparison of several, made again from the answers on disk:
 
-    python -m rpo_jax.evaluate --report FOLDER [FOLDER ...]
+    python -m rpo_jax.evaluate --report FOLDER [FOLDER ...] [--out FOLDER]
 
 Flags can come from a file, one a line: `python -m rpo_jax.evaluate @configs/<name>.flags`.
 """
@@ -48,7 +48,7 @@ from rpo_jax.exams.asking import (
 )
 from rpo_jax.exams.exam import Exam, find_exam, list_exams
 from rpo_jax.exams.phrasing import CHAT_CHOICES
-from rpo_jax.exams.report import write_report
+from rpo_jax.exams.report import place_report, write_report
 from rpo_jax.exams.responses import read_responses
 from rpo_jax.exams.scoring import mark_all, score
 from rpo_jax.exams.tables import format_report, format_score
@@ -88,14 +88,17 @@ def main(argv: list[str]) -> None:
         result = score_files(find_exam(args.exam), args.exam_dir, args.years, args.score)
         shown = format_score(result)
     elif args.report:
-        result = _rebuild(args)
-        shown = format_report(result)
+        folders = [Path(folder) for folder in args.report]
+        exam = find_exam(read_sitting(folders[0]).exam)
+        result = write_report(exam, folders, args.exam_dir, args.out)
+        shown = format_report(result, place_report(folders, args.out))
     else:
         taken = take_exam(Path(args.checkpoint), _make_plan(args), parse_share(args.share))
         if taken is None:
             print(f"--share {args.share} is answered; the report comes with the last of the others")
             return
-        result, shown = taken, format_report(taken)
+        (model,) = taken["models"]
+        result, shown = taken, format_report(taken, place_report([Path(model["folder"])]))
     print(dumps(result, ensure_ascii=False) if args.json else shown)
 
 
@@ -190,11 +193,6 @@ def score_files(
     return {"exam": exam.name, "years": asked, "files": files, **score(exam, marks)}
 
 
-def _rebuild(args: argparse.Namespace) -> dict[str, Any]:
-    folders = [Path(folder) for folder in args.report]
-    return write_report(find_exam(read_sitting(folders[0]).exam), folders, args.exam_dir)
-
-
 def parse_plan(argv: list[str]) -> Plan:
     """How a command line wants an exam to be taken."""
     return _make_plan(_parse(argv))
@@ -275,7 +273,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="also take the likeliest letter where one is wanted",
     )
     where = parser.add_argument_group("where and with what")
-    where.add_argument("--out", default="", metavar="FOLDER", help="default: in the model's folder")
+    where.add_argument(
+        "--out",
+        default="",
+        metavar="FOLDER",
+        help="of the sitting, default: in the model's folder; of a --report, default: the first's",
+    )
     where.add_argument("--slots", type=_count, default=16, help="answers at a time; default: 16")
     where.add_argument(
         "--mesh",

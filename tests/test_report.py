@@ -72,19 +72,36 @@ def test_points_and_comparison_are_those_of_the_answers(report, exam):
 
 
 def test_it_is_rebuilt_from_the_answers_alone(capsys, folders, report):
-    stored = (folders[0] / "report.json").read_bytes(), (folders[0] / "report.html").read_bytes()
-    for name in ("report.json", "report.html"):
+    names = ("comparison.json", "comparison.html")
+    stored = [(folders[0] / name).read_bytes() for name in names]
+    for name in names:
         (folders[0] / name).unlink()
     with cli.exit_on_error():
         main(["--report", *map(str, folders), "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report))
-    again = (folders[0] / "report.json").read_bytes(), (folders[0] / "report.html").read_bytes()
-    assert again == stored
+    assert [(folders[0] / name).read_bytes() for name in names] == stored
+
+
+def test_what_compares_models_leaves_their_own_reports(capsys, tmp_path, exam):
+    directory, questions = exam
+    one, other = (sit(tmp_path / x, directory, questions, lambda *_: True) for x in "ab")
+    write_report(EXAM, [one])
+    own = {path.name: path.read_bytes() for path in one.glob("report.*")}
+    with cli.exit_on_error():
+        main(["--report", str(one), str(other)])
+        assert f"report: {one}/comparison.html" in capsys.readouterr().out
+        main(["--report", str(one), str(other), "--out", f"{tmp_path}/new/both"])
+        assert f"report: {tmp_path}/new/both/comparison.html" in capsys.readouterr().out
+    assert len(own) == 2 and own == {path.name: path.read_bytes() for path in one.glob("report.*")}
+    assert (tmp_path / "new/both/comparison.html").read_bytes() == (
+        one / "comparison.html"
+    ).read_bytes()
+    assert not list(other.glob("*.html"))
 
 
 def test_the_terminal_table_has_a_line_a_mode(report):
-    shown = format_report(report)
-    for part in ("answer_only", "explain_first", "perfect", "McNemar p = ", "report.html"):
+    shown = format_report(report, Path("runs/a/report"))
+    for part in ("answer_only", "explain_first", "perfect", "McNemar p = ", "runs/a/report.html"):
         assert part in shown
     assert format_table([["公衆衛生", "1"], ["ab", "20"]]) == "公衆衛生   1\nab        20"
 
@@ -118,7 +135,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(folders, report):
-    source = (folders[0] / "report.html").read_text(encoding="utf-8")
+    source = (folders[0] / "comparison.html").read_text(encoding="utf-8")
     page = Page(source)
     assert not page.open
     assert page.tags.count("h1") == page.tags.count("title") - page.tags.count("svg") == 1
@@ -146,7 +163,7 @@ def test_the_exams_rules_are_told_of_every_mode(report):
 
 
 def test_every_bar_lies_inside_its_plot(folders, report):
-    source = (folders[0] / "report.html").read_text(encoding="utf-8")
+    source = (folders[0] / "comparison.html").read_text(encoding="utf-8")
     for plot in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
         width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', plot).groups())
         boxes = re.findall(r'<rect [^>]*x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)"', plot)
@@ -159,7 +176,7 @@ def test_every_bar_lies_inside_its_plot(folders, report):
 def test_a_browser_shows_it_in_light_and_dark(tmp_path, folders, report):
     def browse(*flags: str) -> subprocess.CompletedProcess:
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *flags]
-        url = (folders[0] / "report.html").absolute().as_uri()
+        url = (folders[0] / "comparison.html").absolute().as_uri()
         home = {**os.environ, "HOME": str(tmp_path)}
         return subprocess.run(
             [*command, f"--user-data-dir={tmp_path}/profile", url],

@@ -28,8 +28,10 @@ from rpo_jax.exams.statistics import compare, measure_agreement, spread, vote
 _SHOWN_FLIPS = 12  # texts of a model in the report
 
 
-def write_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> dict[str, Any]:
-    """Builds the report of sittings and writes report.json and report.html into the first folder.
+def write_report(
+    exam: Exam, folders: Sequence[Path], directory: str = "", out: str = ""
+) -> dict[str, Any]:
+    """Builds the report of sittings and writes it as .json and .html, see `place_report`.
 
     Raises:
         UserError: a folder holds no sitting, or an unfinished one, or one of another exam; or the
@@ -37,9 +39,19 @@ def write_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> di
     """
     report = build_report(exam, folders, directory)
     text = json.dumps(report, ensure_ascii=False, indent=1)
-    write_atomically(folders[0] / "report.json", text + "\n")
-    write_atomically(folders[0] / "report.html", render_page(report))
+    place = place_report(folders, out)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(place.with_name(f"{place.name}.json"), text + "\n")
+    write_atomically(place.with_name(f"{place.name}.html"), render_page(report))
     return report
+
+
+def place_report(folders: Sequence[Path], out: str = "") -> Path:
+    """Where a report goes, without its suffix: by default into the first sitting's folder.
+
+    That of several sittings is called otherwise than that of one, which stays.
+    """
+    return (Path(out) if out else folders[0]) / ("report" if len(folders) == 1 else "comparison")
 
 
 def build_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> dict[str, Any]:

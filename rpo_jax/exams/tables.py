@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 _RULES = (
@@ -39,8 +40,13 @@ def format_score(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "  ".join(shown), f"found: {found}", _ENDS])
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """One or several sittings: points by mode, the paired comparison, how texts ended, paths."""
+def format_report(report: dict[str, Any], place: Path) -> str:
+    """One or several sittings: points by mode, the paired comparison, how texts ended, paths.
+
+    Args:
+        report: as `exams.report` builds it.
+        place: where it was written, without suffixes.
+    """
     asked = report["questions"]
     years = ", ".join(map(str, report["years"]))
     lines = [f"{report['title']} {years}: {asked['asked']} of {asked['of']} questions", ""]
@@ -79,8 +85,7 @@ def format_report(report: dict[str, Any]) -> str:
                 f"({found['confidence']:.0%} interval {points['low']:+g} to {points['high']:+g}); "
                 f"{flips['lost']} lost, {flips['gained']} gained; McNemar p = {tests}"
             )
-    folder = report["models"][0]["folder"]
-    return "\n".join([*lines, f"report: {folder}/report.html, {folder}/report.json"])
+    return "\n".join([*lines, f"report: {place}.html, {place}.json"])
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
