@@ -71,6 +71,26 @@ def test_points_and_comparison_are_those_of_the_answers(report, exam):
     assert {flip["kind"] for flip in model["flips"]} == {"lost", "gained"}
 
 
+def test_later_models_are_compared_with_the_first_question_by_question(report, folders, exam):
+    _, questions = exam
+    name = report["models"][0]["name"]
+    short, long = report["comparisons"]
+    assert [(x["model"], x["against"]) for x in (short, long)] == [("perfect", name)] * 2
+    assert [x["mode"] for x in (short, long)] == ["answer_only", "explain_first"]
+    wrong = [q.points for place, q in enumerate(questions) if place % 4 == 0]
+    assert short["points"]["difference"] == sum(wrong)
+    assert short["points"]["low"] < sum(wrong) < short["points"]["high"]
+    (test,) = short["mcnemar"]
+    assert (test["lost"], test["gained"]) == (0, len(wrong))
+    assert test["p_value"] == pytest.approx(2 * 0.5 ** len(wrong))
+    shown = format_report(report, Path("x"))
+    assert f"perfect against {name}, answer_only: +{sum(wrong)} points (95% " in shown
+    page = Page((folders[0] / "comparison.html").read_text(encoding="utf-8")).text
+    assert "Model against model" in page and f"+{sum(wrong):.1f}" in page
+    other = build_report(EXAM, [folders[0]])
+    assert other["comparisons"] == [] and "Model against model" not in render_page(other)
+
+
 def test_it_is_rebuilt_from_the_answers_alone(capsys, folders, report):
     names = ("comparison.json", "comparison.html")
     stored = [(folders[0] / name).read_bytes() for name in names]

@@ -55,7 +55,10 @@ def place_report(folders: Sequence[Path], out: str = "") -> Path:
 
 
 def build_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> dict[str, Any]:
-    """The report as plain data; see `write_report`."""
+    """The report as plain data; see `write_report`.
+
+    Each later model is compared with the first, mode by mode, where both were asked in it.
+    """
     sittings = [read_sitting(folder) for folder in folders]
     first = sittings[0]
     for folder, sitting in zip(folders, sittings, strict=True):
@@ -75,14 +78,27 @@ def build_report(exam: Exam, folders: Sequence[Path], directory: str = "") -> di
         )
     whole = len(questions) == len(everything)
     total = sum(question.points for question in questions)
+    marks = [mark_sitting(exam, folder, questions) for folder in folders]
+    models = [
+        _report_model(exam, folder, sitting, found)
+        for folder, sitting, found in zip(folders, sittings, marks, strict=True)
+    ]
     return {
         "exam": exam.name,
         "title": exam.title,
         "years": list(first.years),
         "questions": {"asked": len(questions), "of": len(everything), "points": total},
-        "models": [
-            _report_model(exam, folder, sitting, questions)
-            for folder, sitting in zip(folders, sittings, strict=True)
+        "models": models,
+        "comparisons": [
+            {
+                "model": model["name"],
+                "against": models[0]["name"],
+                "mode": mode,
+                **compare(list(marks[0][mode].values()), list(by_seed.values()), "extracted"),
+            }
+            for model, found in zip(models[1:], marks[1:], strict=True)
+            for mode, by_seed in found.items()
+            if mode in marks[0]
         ],
         "published": find_published(exam, first.years) if whole else {},
     }
@@ -114,9 +130,8 @@ def mark_sitting(
 
 
 def _report_model(
-    exam: Exam, folder: Path, sitting: Sitting, questions: Sequence[Question]
+    exam: Exam, folder: Path, sitting: Sitting, marks: dict[str, dict[int, list[Mark]]]
 ) -> dict[str, Any]:
-    marks = mark_sitting(exam, folder, questions)
     likelihood = folder / "likelihood.json"
     model: dict[str, Any] = {
         "name": Path(sitting.model).name,

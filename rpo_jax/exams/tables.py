@@ -77,15 +77,22 @@ def format_report(report: dict[str, Any], place: Path) -> str:
     lines += [format_table(rows), _RULES, _ENDS, ""]
     for model in report["models"]:
         if found := model["comparison"]:
-            points = found["points"]
-            tests = ", ".join(f"{test['p_value']:.3g}" for test in found["mcnemar"])
-            flips = found["mcnemar"][0]
-            lines.append(
-                f"{model['name']}: explaining first {points['difference']:+g} points "
-                f"({found['confidence']:.0%} interval {points['low']:+g} to {points['high']:+g}); "
-                f"{flips['lost']} lost, {flips['gained']} gained; McNemar p = {tests}"
-            )
+            lines.append(f"{model['name']}: explaining first {_say_difference(found)}")
+    for found in report["comparisons"]:
+        names = f"{found['model']} against {found['against']}, {found['mode']}"
+        lines.append(f"{names}: {_say_difference(found)}")
     return "\n".join([*lines, f"report: {place}.html, {place}.json"])
+
+
+def _say_difference(found: dict[str, Any]) -> str:
+    """A paired comparison, as `exams.statistics.compare` makes it."""
+    points, first = found["points"], found["mcnemar"][0]
+    tests = ", ".join(f"{test['p_value']:.3g}" for test in found["mcnemar"])
+    return (
+        f"{points['difference']:+g} points ({found['confidence']:.0%} interval {points['low']:+g} "
+        f"to {points['high']:+g}); {first['lost']} lost, {first['gained']} gained; "
+        f"McNemar p = {tests}"
+    )
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
