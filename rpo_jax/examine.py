@@ -188,6 +188,7 @@ def open_paper(
         drawing=plan.drawing,
         data=read_fingerprints(model.folder),
         chat=phrasing.chat.fingerprint if phrasing.chat else "",
+        modes=plan.modes,
     )
     open_sitting(out, sitting, restart)
     return phrasing

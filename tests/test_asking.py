@@ -140,6 +140,9 @@ def test_another_sitting_in_the_folder_is_refused(tmp_path, exam):
     open_sitting(tmp_path, sitting)
     open_sitting(tmp_path, dataclasses.replace(sitting, exam_dir="/moved", model="/moved/too"))
     assert read_sitting(tmp_path) == sitting
+    for modes in (MODES[1:], MODES[:1], ()):  # asked one after the other
+        open_sitting(tmp_path, dataclasses.replace(sitting, modes=modes))
+    assert read_sitting(tmp_path) == dataclasses.replace(sitting, modes=MODES)
     for change, told in (
         ({"weights": "0"}, "weights: '0123456789abcdef' -> '0'"),
         ({"drawing": Drawing(temperature=1.0)}, "drawing"),

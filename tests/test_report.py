@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from rpo_jax import cli
 from rpo_jax.errors import UserError
 from rpo_jax.evaluate import main
-from rpo_jax.exams.asking import ANSWER_ONLY, choose_questions, open_sitting
+from rpo_jax.exams.asking import ANSWER_ONLY, MODES, choose_questions, open_sitting
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.page import render_page
 from rpo_jax.exams.report import build_report, find_published, write_report
@@ -253,6 +254,11 @@ def test_what_does_not_fit_is_refused(tmp_path, exam, folders):
     with pytest.raises(
         UserError, match=r"explain_first, seed 0: 2 of \d+ questions have no answer"
     ):
+        build_report(EXAM, [unfinished])
+    path.unlink()
+    both = replace(plan_sitting(directory, questions), modes=MODES)
+    open_sitting(unfinished, both)
+    with pytest.raises(UserError, match="unfinished: explain_first has no answers yet; the comm"):
         build_report(EXAM, [unfinished])
     few = sit(tmp_path / "few", directory, questions[:5], lambda *_: True)
     with pytest.raises(UserError, match="other questions than"):

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Sitting:
         drawing: how answers are drawn.
         data: fingerprints of what a run was trained on, by name; of other models none.
         chat: digest of the model's chat template, if that puts the questions.
+        modes: all that were asked for so far; they may be asked one after the other.
     """
 
     exam: str
@@ -90,6 +91,7 @@ class Sitting:
     drawing: Drawing
     data: Mapping[str, str] = field(default_factory=dict)
     chat: str = ""
+    modes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,23 @@ def open_sitting(folder: Path, sitting: Sitting, restart: bool = False) -> None:
     changed = _find_changes(folder, wanted) if path.exists() else []
     if changed and restart:
         shutil.rmtree(folder)
-    if not path.exists():
-        (folder / _RESPONSES).mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(wanted, ensure_ascii=False, indent=2) + "\n")
     elif changed:
         raise UserError(
             f"{folder} holds another sitting ({'; '.join(changed)}); choose another --out"
         )
+    before = read_sitting(folder) if path.exists() else None
+    asked = {*sitting.modes, *(before.modes if before else ())}
+    whole = replace(before or sitting, modes=tuple(mode for mode in MODES if mode in asked))
+    if whole != before:
+        (folder / _RESPONSES).mkdir(parents=True, exist_ok=True)
+        content = json.dumps(asdict(whole), ensure_ascii=False, indent=2)
+        write_atomically(path, content + "\n")
 
 
 def _find_changes(folder: Path, wanted: dict[str, Any]) -> list[str]:
     there = json.loads(json.dumps(asdict(read_sitting(folder))))
-    free = ("exam_dir", "model")  # a folder may move; the digests say whether it is the same
+    # A folder may move, the digests say whether it is the same; a mode may come later.
+    free = ("exam_dir", "model", "modes")
     return [
         f"{name}: {there[name]!r} -> {wanted[name]!r}"
         for name in wanted
@@ -205,7 +212,8 @@ def read_sitting(folder: Path) -> Sitting:
         stored = json.loads(path.read_text(encoding="utf-8"))
         drawing = {**stored["drawing"], "stop": tuple(stored["drawing"]["stop"])}
         years = tuple(stored["years"])
-        return Sitting(**{**stored, "years": years, "drawing": Drawing(**drawing)})
+        modes = tuple(stored.get("modes", ()))
+        return Sitting(**{**stored, "years": years, "drawing": Drawing(**drawing), "modes": modes})
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {folder} holds no sitting") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -126,6 +126,11 @@ def mark_sitting(
         )
     if not marks:
         raise UserError(f"{folder}: nothing was asked yet")
+    if lacking := [mode for mode in read_sitting(folder).modes if mode not in marks]:
+        raise UserError(
+            f"{folder}: {' and '.join(lacking)} has no answers yet; the command that asked them "
+            "goes on when it is run again"
+        )
     return marks
 
 
