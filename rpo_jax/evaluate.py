@@ -67,10 +67,13 @@ from rpo_jax.training.run import (
 from rpo_jax.training.state import abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload, make_workload
 
+_OTHERS = {"--checkpoint", "--score", "--report"}  # what is measured where it is no --config
+
 
 def main(argv: list[str]) -> None:
     """Measures a run on held-out data (--config), or an exam (--checkpoint, --score, --report)."""
-    if any(arg.lstrip("-").startswith("config") for arg in argv):
+    flags = {arg.partition("=")[0] for arg in argv}
+    if any(arg.startswith(("--config", "-config")) for arg in argv) and not flags & _OTHERS:
         cli.run(
             measure_run,
             ["evaluate", *argv],
@@ -299,7 +302,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     where.add_argument("--json", action="store_true", help="print one line of JSON, and no table")
     args = parser.parse_args(argv)
-    if sum(bool(value) for value in (args.checkpoint, args.score, args.report)) != 1:
+    names = ("config", "checkpoint", "score", "report")
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given; one of them alone is wanted")
+    if not given:
         raise UserError(
             "one of --config FILE.py, --checkpoint FOLDER, --score FILE and --report FOLDER is "
             "wanted; --help tells more"

@@ -214,8 +214,13 @@ def test_what_contradicts_itself_is_refused(capsys, tmp_path, model, exam_dir):
     assert "config.json is not there" in refuse(capsys, *nowhere[:2], "--exam", "fictional")
     lost = [*given[:4], "--out", str(tmp_path / "a")]
     assert "where is it? give --exam_dir" in refuse(capsys, *lost)
-    both = refuse(capsys, "--score", "x", "--report", "y")
-    assert "one of --config FILE.py, --checkpoint FOLDER" in both
+    for one, other in (
+        ("--score", "--report"),
+        ("--checkpoint", "--score"),
+        ("--config", "--report"),
+    ):
+        told = f"{one} and {other} are given; one of them alone is wanted"
+        assert told in refuse(capsys, other, "x", one, "y")
     assert not (tmp_path / "a").exists()
 
 
