@@ -124,6 +124,7 @@ def test_the_terminal_table_has_a_line_a_mode(report):
     shown = format_report(report, Path("runs/a/report"))
     for part in ("answer_only", "explain_first", "perfect", "McNemar p = ", "runs/a/report.html"):
         assert part in shown
+    assert "vote: points" in shown and "went-on" not in shown
     assert format_table([["公衆衛生", "1"], ["ab", "20"]]) == "公衆衛生   1\nab        20"
 
 

@@ -299,6 +299,10 @@ def test_the_table_shows_points_and_verdict(capsys, tmp_path, exam_dir):
         "parse: texts with an answer",
     ):
         assert part in shown
+    legend = shown.splitlines()[-1]
+    for name in ("parse", "went-on", "run-on", "stop", "truncation", "found"):
+        assert f"{name}: " in legend
+    assert "vote" not in shown
 
 
 def test_files_are_looked_for_before_the_exam(capsys, tmp_path, monkeypatch):

@@ -9,10 +9,16 @@ _RULES = (
     "official: points by the published rule; extracted: by the answer read out of the text; share: "
     "extracted, of the points possible"
 )
-_ENDS = (
-    "parse: texts with an answer; run-on: that go on into another question; stop: that ended by "
-    "themselves; vote: points of the answer most given, over the seeds"
-)
+_LEGENDS = {
+    "vote": "points of the answer most given, over the seeds",
+    "parse": "texts with an answer",
+    "went-on": "that go on after it",
+    "run-on": "that go on into another question",
+    "stop": "that ended by themselves",
+    "truncation": "that were cut off at the most tokens",
+    "found": "by a label, in a phrase or standing alone; without an answer nothing, one in conflict "
+    "with itself, or one unknown to the question",
+}
 
 
 def format_score(result: dict[str, Any]) -> str:
@@ -33,11 +39,10 @@ def format_score(result: dict[str, Any]) -> str:
     for year, verdict in result["pass"].items():
         lines.append(f"{year}: {_say_verdict(verdict)}")
     rates = result["rates"]
-    shown = [
-        f"{name.replace('_', '-')} {_percent(rates[name])}" for name in rates if name != "found"
-    ]
+    shares = {name.replace("_", "-"): share for name, share in rates.items() if name != "found"}
+    ends = "  ".join(f"{name} {_percent(share)}" for name, share in shares.items())
     found = ", ".join(f"{name} {count}" for name, count in rates["found"].items())
-    return "\n".join([*lines, "", "  ".join(shown), f"found: {found}", _ENDS])
+    return "\n".join([*lines, "", ends, f"found: {found}", _explain([*shares, "found"])])
 
 
 def format_report(report: dict[str, Any], place: Path) -> str:
@@ -50,7 +55,8 @@ def format_report(report: dict[str, Any], place: Path) -> str:
     asked = report["questions"]
     years = ", ".join(map(str, report["years"]))
     lines = [f"{report['title']} {years}: {asked['asked']} of {asked['of']} questions", ""]
-    rows = [["", "", "official", "extracted", "of", "share", "vote", "parse", "run-on", "stop"]]
+    ends = ("vote", "parse", "run-on", "stop")
+    rows = [["", "", "official", "extracted", "of", "share", *ends]]
     for model in report["models"]:
         for mode, found in model["modes"].items():
             points = found["points"]
@@ -74,7 +80,7 @@ def format_report(report: dict[str, Any], place: Path) -> str:
         share = f"{found['points'] / max(asked['points'], 1):.1%}"
         shown = [str(found["points"]), "-", str(asked["points"]), share]
         rows.append([name, "published", *shown, *["-"] * 4])
-    lines += [format_table(rows), _RULES, _ENDS, ""]
+    lines += [format_table(rows), _RULES, _explain(ends), ""]
     for model in report["models"]:
         if found := model["comparison"]:
             lines.append(f"{model['name']}: explaining first {_say_difference(found)}")
@@ -82,6 +88,11 @@ def format_report(report: dict[str, Any], place: Path) -> str:
         names = f"{found['model']} against {found['against']}, {found['mode']}"
         lines.append(f"{names}: {_say_difference(found)}")
     return "\n".join([*lines, f"report: {place}.html, {place}.json"])
+
+
+def _explain(columns: Sequence[str]) -> str:
+    """The legend of columns."""
+    return "; ".join(f"{name}: {_LEGENDS[name]}" for name in columns)
 
 
 def _say_difference(found: dict[str, Any]) -> str:
