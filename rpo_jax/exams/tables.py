@@ -16,8 +16,8 @@ _LEGENDS = {
     "run-on": "that go on into another question",
     "stop": "that ended by themselves",
     "truncation": "that were cut off at the most tokens",
-    "found": "by a label, in a phrase or standing alone; without an answer nothing, one in conflict "
-    "with itself, or one unknown to the question",
+    "found": "by a label, in a phrase or alone; without an answer nothing, one in conflict with "
+    "itself, or one unknown to the question",
 }
 
 
