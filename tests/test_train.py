@@ -370,7 +370,7 @@ def test_a_batch_the_mesh_does_not_divide_is_refused(tmp_path, capsys):
 
 def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):
     told = refuse(capsys, BASE, base_overrides(workdir, optim__learning_rate=0.5))
-    assert "optim.learning_rate: 0.003 -> 0.5" in told
+    assert "(optim.learning_rate: 0.003 -> 0.5); give the values before the arrows" in told
     assert "choose another --config.name" in told and "delete" not in told
     # ... which is told before anything is made
     made = set((workdir / "data").iterdir())

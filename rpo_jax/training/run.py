@@ -178,9 +178,8 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
     ]
     if changed:
         raise UserError(
-            f"{config.folder} holds a run with another config ({'; '.join(changed)}, its own value "
-            "-> the one given); give its own values for that run, or for another run choose "
-            "another --config.name"
+            f"{config.folder} holds a run with another config ({'; '.join(changed)}); give the "
+            "values before the arrows to go on with that run, or choose another --config.name"
         )
 
 
