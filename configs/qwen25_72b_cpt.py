@@ -7,7 +7,7 @@ your own text.
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # Slice -> data, fsdp, tensor, rows of 4096 tokens a step, remat.
 SLICES = {
@@ -28,7 +28,9 @@ def get_config(arg: str = "v5p:4x4x4") -> ConfigDict:
     config.model.shape = "qwen2.5-72b"
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "splash"
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, rows, config.model.remat = SLICES[arg]
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, rows, config.model.remat = choose(
+        SLICES, arg
+    )
 
     config.data.train = ("corpus/train/*.jsonl.gz",)
     config.data.heldout = ("corpus/heldout/*.jsonl.gz",)

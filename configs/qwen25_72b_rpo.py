@@ -7,7 +7,7 @@ and learning rate are those of arXiv:2404.19733v3, since arXiv:2504.18080 does n
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # Slice -> data, fsdp, tensor, pairs a step, remat.
 SLICES = {
@@ -28,7 +28,9 @@ def get_config(arg: str = "v5p:4x4x4") -> ConfigDict:
     config.model.shape = "qwen2.5-72b"
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "splash"
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, rows, config.model.remat = SLICES[arg]
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, rows, config.model.remat = choose(
+        SLICES, arg
+    )
 
     config.data.train = ("pairs/train.jsonl",)
     config.data.heldout = ("pairs/heldout.jsonl",)

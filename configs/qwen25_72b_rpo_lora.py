@@ -6,7 +6,7 @@ is QLoRA on four chips. Rows are those of qwen25_72b_rpo.py; it starts from qwen
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # Slice -> fsdp, tensor, pairs a step, micro-batches, remat, form of the frozen kernels.
 SLICES = {
@@ -28,7 +28,9 @@ def get_config(arg: str = "v6e:2x2") -> ConfigDict:
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "splash"
     config.lora.rank = 16
-    fsdp, tensor, rows, micro_batches, config.model.remat, config.lora.quantize = SLICES[arg]
+    fsdp, tensor, rows, micro_batches, config.model.remat, config.lora.quantize = choose(
+        SLICES, arg
+    )
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, fsdp, tensor
 
     config.data.train = ("pairs/train.jsonl",)

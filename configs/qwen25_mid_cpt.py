@@ -8,7 +8,7 @@ model and your own text. On a GPU, which has no splash:
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # Size -> the slice it is meant for, and for it: fsdp, rows a step, micro-batches.
 SIZES = {
@@ -29,7 +29,7 @@ def get_config(arg: str = "0.5b") -> ConfigDict:
     config.model.attention = "splash"
     config.model.remat = "full"
     config.mesh.data = 1
-    _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = SIZES[arg]
+    _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = choose(SIZES, arg)
 
     config.data.train = ("corpus/train/*.jsonl.gz",)
     config.data.heldout = ("corpus/heldout/*.jsonl.gz",)

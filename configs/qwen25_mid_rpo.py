@@ -6,7 +6,7 @@ rejected in slots of 1536, 256 and 256 tokens.
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # Size -> the smallest slice it was compiled for, and for it: fsdp, rows a step, micro-batches.
 SIZES = {
@@ -27,7 +27,7 @@ def get_config(arg: str = "0.5b") -> ConfigDict:
     config.model.attention = "splash"
     config.model.remat = "full"
     config.mesh.data = 1
-    _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = SIZES[arg]
+    _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = choose(SIZES, arg)
 
     config.data.train = ("pairs/train.jsonl",)
     config.data.heldout = ("pairs/heldout.jsonl",)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
 
 # By form: size of the world, tokens that its text gets, worlds by number, seeds; steps of base, CPT
 # and the arms after it; answers drawn for each training question; test questions asked (0: all).
@@ -47,7 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def get_config(arg: str = "quick") -> ConfigDict:
     """What all arms share: preference training on pairs from the answers of the arm's start."""
-    form = FORMS[arg]
+    form = choose(FORMS, arg)
     config = defaults()
     config.stage = "rpo"
     config.name = "study" + ("" if arg == "quick" else f"-{arg}")
@@ -83,7 +83,8 @@ def get_config(arg: str = "quick") -> ConfigDict:
 
 def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
     """The paper's two stages, and the controls; alpha = 0 is DPO, no preference is SFT."""
-    base, cpt, _ = FORMS[arg]["steps"]
+    form = choose(FORMS, arg)
+    base, cpt, _ = form["steps"]
     text = {
         "stage": "cpt",
         "data.source": "fictional",
@@ -97,7 +98,7 @@ def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
             **text,
             "init_from": "",
             "model.shape": "laptop-names",
-            "tokenizer.train_vocab_size": FORMS[arg]["vocabulary"],
+            "tokenizer.train_vocab_size": form["vocabulary"],
             "data.fictional.text": "general",
             "train.steps": base,
             "optim.learning_rate": 3e-3,

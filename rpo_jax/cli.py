@@ -287,23 +287,25 @@ def _say_plainly(message: str) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the innermost frame outside libraries: the config file, most likely."""
+    """File and line of the innermost frame outside libraries and us: most likely the config's."""
     place = ""
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if file.endswith(".py") and "site-packages" not in file and Path(file) != Path(__file__):
+        ours = Path(file).is_relative_to(Path(__file__).parent)
+        if file.endswith(".py") and "site-packages" not in file and not ours:
             place = f"{file}:{traceback.tb_lineno}: "
         traceback = traceback.tb_next
     return place
 
 
 def _explain(error: BaseException) -> str:
-    """The exception in words; of ml_collections' list of all other fields, only the nearest one."""
+    """The exception in words, that of `config.choose` alone; of ml_collections' list of all other fields, only the nearest one."""
     text = str(error.args[0]) if error.args else str(error)
     head, _, tail = text.partition(" Other fields present:")
     hint = tail[tail.find("Did you mean") :] if "Did you mean" in tail else ""
-    return f"{type(error).__name__}: {head} {hint}".rstrip()
+    kind = "" if type(error) is LookupError else f"{type(error).__name__}: "
+    return f"{kind}{head} {hint}".rstrip()
 
 
 def _help(

@@ -605,6 +605,17 @@ def defaults() -> ConfigDict:
     return fields.defaults(Config).lock()
 
 
+def choose(table: Mapping[str, Any], name: str) -> Any:
+    """What a config file's argument names, as in `--config=configs/study.py:standard`.
+
+    Raises:
+        LookupError: it names nothing; tells what there is.
+    """
+    if name not in table:  # a ValueError, such as our own, would come wrapped in a traceback
+        raise LookupError(f"the argument {name!r} is none of {', '.join(table)}")
+    return table[name]
+
+
 def resolve(values: Mapping[str, Any] | ConfigDict) -> Config:
     """Turns what a config file returned into a `Config`.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rpo_jax import study
+from rpo_jax.cli import load_arms, load_config
 from rpo_jax.errors import UserError
 from rpo_jax.exams.arms import Sat, compare_arms, estimate
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
@@ -120,6 +121,13 @@ def test_what_is_no_study_is_refused(tmp_path, body, told):
 def test_the_arm_that_others_are_compared_with_is_one_of_them(tmp_path):
     with pytest.raises(UserError, match=r"study\.start='rpo' is none of base, cpt, dpo"):
         read(tmp_path, ARMS, "--config.study.start=rpo")
+
+
+@pytest.mark.parametrize("look", [load_arms, load_config])
+def test_a_form_that_is_not_there_is_told_with_those_that_are(look):
+    told = r"study\.py:\d+: the argument 'standrd' is none of quick, standard, reported$"
+    with pytest.raises(UserError, match=told):
+        look(f"{STUDY}:standrd")
 
 
 def test_other_flags_are_refused():
