@@ -40,7 +40,7 @@ from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
 from rpo_jax.training.run import write_json
 
-_FORMAT = 1  # raised when candidates change their meaning: older sets are then made anew
+_FORMAT = 2  # raised when candidates change their meaning: older sets are then made anew
 
 
 def main(config: Config, share: str = "") -> None:

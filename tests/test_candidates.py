@@ -72,6 +72,15 @@ def test_answers_of_others_are_read_in_both_layouts(tmp_path):
     assert f"{path}:4" in ledger.dropped["of a question that is not trained on"].example
 
 
+def test_an_explanation_begins_behind_the_cue_of_its_prompt(tmp_path):
+    texts = ("乙である。\n答え: b", "考察: 乙である。\n答え: b", "\n考察：\n考察: 甲。\n答え: a")
+    path = write(tmp_path / "a.jsonl", *({"id": "112A1", "text": text} for text in texts))
+    found, _ = read(path)
+    assert [c.text for c in found] == [texts[0], texts[0], "甲。\n答え: a"]
+    path = write(tmp_path / "b.jsonl", {"id": "112A1", "text": "考察の結果\n答え: b"})
+    assert read(path)[0][0].text == "考察の結果\n答え: b"
+
+
 @pytest.mark.parametrize(
     ("record", "modes", "message"),
     [

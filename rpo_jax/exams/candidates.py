@@ -6,6 +6,7 @@ score, and `candidates.json`, which tells what they are of, with the ledger.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 from rpo_jax.data.files import find_files, read_objects, take_string
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.errors import UserError
-from rpo_jax.exams.asking import MODES
+from rpo_jax.exams.asking import EXPLAIN_FIRST, MODES
 from rpo_jax.exams.exam import Exam
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.responses import Response, parse_response
 from rpo_jax.exams.scoring import mark
 
+_CUE = re.compile(r"\A(?:\s*考察\s*[:：]\s*)+")  # what the prompt ends with, said once more
 RIGHT, WRONG, UNCLEAR = "right", "wrong", "unclear"
 
 
@@ -79,7 +81,8 @@ def read_foreign(
 ) -> Iterator[Candidate]:
     """Answers made elsewhere, judged: lines as `exams.responses` knows them, any number a question.
 
-    A line may say its ``mode``; it has to where `modes` are two.
+    A line may say its ``mode``; it has to where `modes` are two. A text goes on behind the prompt: a
+    cue of the prompt's that it begins with is taken off, or pairs would be told apart by it.
 
     Raises:
         UserError: with file and line, what is missing, mistyped or unknown.
@@ -93,6 +96,8 @@ def read_foreign(
                     "wanted (or data.sample.modes with that one alone)"
                 )
             response = parse_response(where, record)
+            if mode == EXPLAIN_FIRST:
+                response = dataclasses.replace(response, text=_CUE.sub("", response.text))
             if mode not in modes:
                 ledger.drop(f"{mode} is not in data.sample.modes", where)
             elif response.id not in questions:
