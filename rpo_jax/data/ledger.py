@@ -85,11 +85,7 @@ class Ledger:
 
     def __str__(self) -> str:
         share = f"{self.dropped_count:,} dropped ({self.dropped_share:.2%})"
-        lines = [f"{self.kept:,} {self.unit} kept, {share}"]
-        for reason, entry in self.dropped.items():
-            largest = f", the largest {entry.largest:,}" if entry.largest else ""
-            lines.append(f"  {entry.count:,} {reason}{largest}; the first: {entry.example}")
-        return "\n".join(lines)
+        return "\n".join([f"{self.kept:,} {self.unit} kept, {share}", *_list_drops(self.dropped)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
@@ -102,24 +98,32 @@ class Ledger:
         return cls(stored["unit"], stored["kept"], drops, Counter(stored["totals"]))
 
 
+def _list_drops(dropped: Mapping[str, Drop]) -> list[str]:
+    lines = []
+    for reason, entry in dropped.items():
+        largest = f", the largest {entry.largest:,}" if entry.largest else ""
+        lines.append(f"  {entry.count:,} {reason}{largest}; the first: {entry.example}")
+    return lines
+
+
 def check_shares(ledger: Ledger, split: str, data: Data) -> None:
     """Stops where more was left out than the config allows.
 
     Raises:
-        UserError: with the ledger.
+        UserError: with what was left out that counts, and what can be done about it.
     """
-    dropped, filtered = data.max_dropped_share, data.corpus.max_filtered_share
-    for asked, name, allowed, advice in (
-        (False, "data.max_dropped_share", dropped, "raise the lengths named here, or"),
-        (
-            True,
-            "data.corpus.max_filtered_share",
-            filtered,
-            "relax the filters named here, or raise",
-        ),
+    for asked, name, allowed in (
+        (False, "data.max_dropped_share", data.max_dropped_share),
+        (True, "data.corpus.max_filtered_share", data.corpus.max_filtered_share),
     ):
-        if ledger.share(asked) > allowed:
+        if (share := ledger.share(asked)) > allowed:
+            counted = {reason: x for reason, x in ledger.dropped.items() if x.asked == asked}
+            too_long = not asked and any(entry.largest for entry in counted.values())
+            advice = ["relax the filters named here"] if asked else []
+            advice += ["raise the lengths named here"] if too_long else []
+            drops = "\n".join(_list_drops(counted))
             raise UserError(
-                f"{split}: more than {name}={allowed:g} of the input is left out\n{ledger}\n"
-                f"{advice} {name} to go on without these"
+                f"{split}: {share:.2%} of the {ledger.unit} left out, more than "
+                f"{name}={allowed:g}\n{drops}\n"
+                f"{', or '.join([*advice, f'raise {name}'])} to go on without these"
             )
