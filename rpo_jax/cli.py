@@ -300,7 +300,10 @@ def _where(error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> str:
-    """The exception in words, that of `config.choose` alone; of ml_collections' list of all other fields, only the nearest one."""
+    """The exception in words; of ml_collections' list of all other fields, only the nearest one.
+
+    What `config.choose` says stands alone.
+    """
     text = str(error.args[0]) if error.args else str(error)
     head, _, tail = text.partition(" Other fields present:")
     hint = tail[tail.find("Did you mean") :] if "Did you mean" in tail else ""
