@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,8 @@ def write_table(figures: dict[str, Any]) -> None:
     plans = [
         figures["plans"][key] for line in LINES if (key := name_line(*line)) in figures["plans"]
     ]
-    told = f"Compiling all of it took {sum(p['compile_seconds'] for p in plans) / 60:.0f} minutes "
+    minutes = sum(plan["compile_seconds"] for plan in plans) / 60
+    told = f"{len(plans)} of {len(LINES)} lines have been compiled, in {minutes:.0f} minutes "
     told += f"({figures['machine']})."
     versions = plans[0]["versions"]
     TABLE.parent.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def main() -> None:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
         )
         figures |= {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": Path(__file__).name,
             "date": time.strftime("%Y-%m-%d"),
             "commit": commit.stdout.strip(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
