@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 1536,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (400, 300, 40),
+        "steps": (400, 300, 100),
         "answers": 2,
         "questions": 64,
     },
@@ -71,7 +71,7 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.rpo.alpha = 1.0
     config.train.steps = form["steps"][2]
     config.train.batch_rows = 8
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 6e-4
     config.optim.warmup_steps = 8
 
     config.exam.questions = form["questions"]

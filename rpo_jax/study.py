@@ -46,6 +46,7 @@ DEFAULT = "configs/study.py"
 _SHOWN = {  # held-out measures, where a stage has them
     "nll": "nats/token",
     "preference_accuracy": "preference accuracy",
+    "reward_accuracy": "reward accuracy",
     "margin": "margin, nats",
 }
 

@@ -40,9 +40,9 @@ def arms():
         "train.steps": 80, "optim.learning_rate": 1e-2,
     }}
     yield "cpt", {{**text, "init_from": "base"}}
-    yield "dpo", {{"rpo.alpha": 0.0}}
-    yield "rpo", {{}}
-    yield "base-rpo", {{"init_from": "base"}}
+    yield "dpo", {{"train.steps": 12, "rpo.alpha": 0.0}}
+    yield "rpo", {{"train.steps": 12}}
+    yield "base-rpo", {{"train.steps": 12, "init_from": "base"}}
 """
 
 
