@@ -1,6 +1,8 @@
 """A model takes an exam: from a checkpoint to a report. The command is `rpo_jax.evaluate`."""
 
 import json
+import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,7 @@ def take_exam(folder: Path, plan: Plan, share: Share | None = None) -> dict[str,
     run = folder / "run.json"
     config = resolve(json.loads(run.read_text("utf-8"))["config"]) if run.is_file() else None
     paper = lay_out(plan, config)
+    logging.info("%s: reading the weights", folder)
     model = open_model(folder, plan.mesh, plan.dtype, plan.step)
     out = Path(plan.out) if plan.out else folder / "exams" / f"{plan.exam.name}-{model.step}"
     share = share or Share()
@@ -214,6 +217,7 @@ def ask_paper(
     )
     answer = make_answer(generate, model.params, phrasing, plan.drawing)
     total = len(share.take(asks))
+    logging.info("%s: %d answers; the first ones wait for the compiler", out, total)
     with tqdm(total=total, desc=plan.exam.name, unit=" answers", disable=None) as progress:
         ask_all(out, asks, answer, RunningScore(plan.exam, progress), share)
 
@@ -295,11 +299,17 @@ def _name_scores(mode: str, score: dict[str, Any]) -> dict[str, float]:
 
 
 class RunningScore:
-    """Shows how many points of those asked for so far were reached, by mode."""
+    """Shows how many points of those asked for so far were reached, by mode.
 
-    def __init__(self, exam: Exam, progress: Any):
+    On a bar; where there is no terminal to draw it on, on a line of the log now and then.
+    """
+
+    def __init__(self, exam: Exam, progress: Any, every_seconds: float = 10.0):
         self._exam = exam
         self._progress = progress
+        self._every_seconds = every_seconds
+        self._told = time.monotonic()
+        self._count = 0
         self._points: dict[str, list[int]] = {}
 
     def __call__(self, ask: Ask, response: Response) -> None:
@@ -308,10 +318,17 @@ class RunningScore:
         points = self._points.setdefault(ask.mode, [0, 0])
         points[0] += ask.question.points * one.extracted
         points[1] += ask.question.points
+        self._count += 1
+        shown = {mode: f"{got}/{of}" for mode, (got, of) in self._points.items()}
         self._progress.update()
-        self._progress.set_postfix(
-            {mode: f"{got}/{of}" for mode, (got, of) in self._points.items()}
-        )
+        self._progress.set_postfix(shown)
+        now = time.monotonic()
+        due = self._count == self._progress.total or now > self._told + self._every_seconds
+        if self._progress.disable and due:
+            self._told = now
+            reached = ", ".join(f"{mode} {points}" for mode, points in shown.items())
+            of = f"{self._count} of {self._progress.total}"
+            logging.info("%s: %s answers; points %s", self._exam.name, of, reached)
 
 
 def _weigh_letters(plan: Plan, model: Opened, phrasing: Phrasing, paper: Paper, out: Path) -> None:
@@ -322,6 +339,7 @@ def _weigh_letters(plan: Plan, model: Opened, phrasing: Phrasing, paper: Paper, 
     weighed = [question for question in paper.questions if has_one_letter(question)]
     shown = paper.demonstrations[: plan.shots]
     asked = [(question, phrasing.render(style, question, shown)) for question in weighed]
+    logging.info("%s: weighing the letters of %d questions", out, len(asked))
     weigh = make_weigh(model.network, model.mesh, phrasing, style)
     found = tqdm(weigh(model.params, asked), desc="letters", total=len(asked), disable=None)
     logps = {question.id: logps_M.tolist() for question, logps_M in found}

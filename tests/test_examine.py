@@ -1,5 +1,6 @@
 """A model takes an exam through the command: any mesh, any interruption, the same report."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,14 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from rpo_jax import cli
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.evaluate import main, parse_plan
-from rpo_jax.exams.asking import find_prompt, read_answers
+from rpo_jax.examine import RunningScore
+from rpo_jax.exams.asking import Ask, find_prompt, read_answers
 from rpo_jax.exams.candidate import has_one_letter
+from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.igakuqa import read_questions
-from rpo_jax.exams.responses import predict
+from rpo_jax.exams.responses import Response, predict
 from rpo_jax.model.qwen2 import forward, head_table
 from rpo_jax.training.opening import open_model
 from tests.processes import REPO, finish
@@ -222,6 +226,28 @@ def test_what_contradicts_itself_is_refused(capsys, tmp_path, model, exam_dir):
         told = f"{one} and {other} are given; one of them alone is wanted"
         assert told in refuse(capsys, other, "x", one, "y")
     assert not (tmp_path / "a").exists()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(caplog, exam_dir):
+    questions = read_questions(exam_dir, [YEAR])[:3]
+    caplog.set_level("INFO")
+
+    def answer_all(every_seconds: float, **bar: object) -> list[str]:
+        caplog.clear()
+        with tqdm(total=3, **bar) as progress:
+            count = RunningScore(find_exam("fictional"), progress, every_seconds)
+            for question in questions:
+                text = ",".join(question.accepted[0])
+                count(Ask(question, "answer_only", 0, ""), Response(question.id, text))
+        return caplog.messages
+
+    points = [question.points for question in questions]
+    assert answer_all(-1, disable=True) == [
+        f"fictional: {n} of 3 answers; points answer_only {sum(points[:n])}/{sum(points[:n])}"
+        for n in (1, 2, 3)
+    ]
+    assert [line[:17] for line in answer_all(60, disable=True)] == ["fictional: 3 of 3"]
+    assert answer_all(-1, file=io.StringIO()) == []
 
 
 def test_flags_can_come_from_a_file(capsys, tmp_path, model, exam_dir):
