@@ -367,7 +367,7 @@ def test_too_much_filtered_stops(corpus, tokenizer, tmp_path):
     plan = plan_of(corpus, tokenizer, min_characters=350, max_filtered_share=0.5)
     with pytest.raises(UserError) as stopped:
         make_sets(plan, tmp_path)
-    assert "more than data.corpus.max_filtered_share=0.5 of the input" in str(stopped.value)
+    assert "left out, more than data.corpus.max_filtered_share=0.5" in str(stopped.value)
     assert "shorter than data.corpus.min_characters=350, the largest 349" in str(stopped.value)
 
 

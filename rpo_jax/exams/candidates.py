@@ -81,8 +81,8 @@ def read_foreign(
 ) -> Iterator[Candidate]:
     """Answers made elsewhere, judged: lines as `exams.responses` knows them, any number a question.
 
-    A line may say its ``mode``; it has to where `modes` are two. A text goes on behind the prompt: a
-    cue of the prompt's that it begins with is taken off, or pairs would be told apart by it.
+    A line may say its ``mode``; it has to where `modes` are two. A text goes on behind the prompt:
+    a cue of the prompt's that it begins with is taken off, or pairs would be told apart by it.
 
     Raises:
         UserError: with file and line, what is missing, mistyped or unknown.
