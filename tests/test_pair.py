@@ -196,7 +196,10 @@ def test_what_cannot_be_is_refused(workdir, tmp_path):
         ({"sample__files": (f"{tmp_path}/none.jsonl",)}, r"data\.sample\.files: no file matches"),
         ({"sample__exam": "bar"}, "no such exam"),
         ({"sample__shots": 2}, "no such prompt"),
-        ({"sample__limit": 1}, "0 pairs to train on, .* neither may be empty"),
+        (
+            {"sample__limit": 1, "pair__max_left_out_share": 1.0},
+            "0 pairs to train on, .* neither may be empty",
+        ),
         ({"sample__answers": 2}, "nowhere: no checkpoint there"),
     ]
     for change, message in cases:
