@@ -23,8 +23,8 @@ JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 SKY = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
 
 STUB = """#!/usr/bin/env bash
-printf '%s\\0' "${0##*/}" "$@" >>"$CALLS"
-printf '\\n' >>"$CALLS"
+# one write a call: two slices are asked at once, and their lines must not mix
+printf '%s\\n' "$(printf '%s\\037' "${0##*/}" "$@")" >>"$CALLS"
 for argument in "$@"; do
   case $argument in
   --metadata-from-file=startup-script=*) cp "${argument#*=*=}" "$CALLS.startup" ;;
@@ -62,7 +62,7 @@ class Cloud:
         if not self.calls_file.exists():
             return []
         text = self.calls_file.read_text()
-        return [line.split("\0")[:-1] for line in text.splitlines()]
+        return [line.split("\x1f")[:-1] for line in text.splitlines()]
 
 
 @pytest.fixture
