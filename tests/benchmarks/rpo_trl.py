@@ -62,7 +62,7 @@ SHARED = REPO.parent / "shared" / "data"
 SETTINGS = {
     "rpo": {"train": {"loss_chunk": 320, "keep_logits": True}, "model": {"remat": "dots"}},
     "exam": {"train": {"loss_chunk": 600, "keep_logits": True}, "model": {"remat": "dots"}},
-    "cpt": {"train": {"loss_chunk": 256, "keep_logits": True}, "model": {"remat": "dots"}},
+    "cpt": {"train": {"loss_chunk": 128, "keep_logits": True}, "model": {"remat": "dots"}},
 }
 
 
@@ -393,6 +393,7 @@ def describe_run() -> dict[str, Any]:
         "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": {name: version(name) for name in ("jax", "torch", "transformers", "trl")},
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "seeds": [0],
     }
 
@@ -418,14 +419,16 @@ def main() -> None:
             found = run_trl(workload, args.steps)
         print(json.dumps(found))
         return
-    result = describe_run()
+    result = {}
+    if args.out and args.out.exists():  # the others of its workloads stay
+        result = json.loads(args.out.read_text())
     for workload in args.workload:
         settings = SETTINGS[workload] | args.settings
-        result[workload] = compare(workload, args.steps, args.rounds, settings)
-        text = json.dumps(result, indent=2)
+        found = compare(workload, args.steps, args.rounds, settings)
+        result[workload] = describe_run() | found
+        print(json.dumps({workload: found}, indent=2))
         if args.out:
-            args.out.write_text(text + "\n")
-    print(text)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
