@@ -90,15 +90,17 @@ class Questions:
     unchecked: tuple[str, ...]
     _ids: tuple[str, ...] = field(repr=False)  # of each passage
     _sizes: np.ndarray = field(repr=False)  # grams of each passage
-    _grams: np.ndarray = field(repr=False)  # sorted, once for each passage that has it
-    _owners: np.ndarray = field(repr=False)  # the passage of each
+    _grams: np.ndarray = field(repr=False)  # sorted, each once
+    _starts: np.ndarray = field(repr=False)  # where the owners of each begin, and the end
+    _owners: np.ndarray = field(repr=False)  # the passages that have it, gram by gram
     _filter: np.ndarray = field(repr=False)  # bool by the highest bits of a gram
 
     @property
     def fingerprint(self) -> str:
         """Of all that it finds."""
         content = hashlib.sha256(repr((self.n, self._ids)).encode())
-        content.update(self._grams.tobytes() + self._owners.tobytes())
+        every = np.repeat(self._grams, np.diff(self._starts))
+        content.update(every.tobytes() + self._owners.tobytes())
         return content.hexdigest()
 
     def __len__(self) -> int:
@@ -113,16 +115,20 @@ class Questions:
         stands.
         """
         hashes = hash_ngrams(fold(_LABELS.sub("", text)), self.n)
-        hits = _distinct(hashes[self._filter[hashes >> np.uint64(64 - _FILTER_BITS)]])
-        first, last = (np.searchsorted(self._grams, hits, side) for side in ("left", "right"))
-        copies = last - first
+        top = (hashes >> np.uint64(64 - _FILTER_BITS)).view(np.int64)
+        hits = _distinct(hashes[self._filter.take(top)])
+        places = self._grams.searchsorted(hits)
+        places = places[self._grams.take(places, mode="clip") == hits]
+        first, copies = self._starts[places], self._starts[places + 1] - self._starts[places]
         within = np.arange(copies.sum()) - np.repeat(np.cumsum(copies) - copies, copies)
         counts = np.bincount(self._owners[np.repeat(first, copies) + within])
+        passages = np.flatnonzero(counts)
+        found = (counts[passages] / self._sizes[passages]).tolist()
         shares: dict[str, float] = {}
-        for passage in np.flatnonzero(counts):
-            share = float(counts[passage] / self._sizes[passage])
+        for passage, share in zip(passages.tolist(), found, strict=True):
             question = self._ids[passage]
-            shares[question] = max(share, shares.get(question, 0.0))
+            if share > shares.get(question, 0.0):
+                shares[question] = share
         return shares
 
 
@@ -147,7 +153,9 @@ def index_questions(texts: Mapping[str, Iterable[str]], n: int = QUESTION_GRAM) 
     present = np.zeros(1 << _FILTER_BITS, bool)
     present[every >> np.uint64(64 - _FILTER_BITS)] = True
     unchecked = tuple(question for question in texts if question not in set(ids))
-    return Questions(n, unchecked, tuple(ids), sizes, every[order], owners[order], present)
+    distinct, starts = np.unique(every[order], return_index=True)
+    starts = np.append(starts, len(every))
+    return Questions(n, unchecked, tuple(ids), sizes, distinct, starts, owners[order], present)
 
 
 def sign(grams: UInt64[np.ndarray, "G"]) -> UInt32[np.ndarray, "K"]:

@@ -186,9 +186,9 @@ def screen(
                 continue
             if questions is not None and not kept_whole:
                 shares = questions.find(text)
-                worst = max(shares, key=lambda question: shares[question], default="")
                 for question, share in shares.items():
                     account.touch(question, document.where, share, share > corpus.max_overlap)
+                worst = max(shares, key=shares.__getitem__, default="")
                 if shares and shares[worst] > corpus.max_overlap:
                     example = f"{document.where} ({worst})"
                     ledger.drop("holds a question of the evaluation", example, asked=True)
