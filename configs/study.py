@@ -110,6 +110,7 @@ def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
             **text,
             "init_from": "base",
             "data.fictional.text": "both",
+            "data.corpus.weights": (0.3, 0.7),  # of general text, replayed, and of the textbook
             "train.steps": cpt,
             "optim.learning_rate": 2e-3,
         },

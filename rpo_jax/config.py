@@ -207,13 +207,14 @@ class Corpus:
     id_field: str = option("id", "field or column that holds a document's id, where it has one")
     epochs: tuple[float, ...] = option(
         (),
-        "passes over what each pattern of data.train matches; 2.5 takes every document twice and "
-        "half of them, chosen by content, once more; empty: 1 each",
+        "passes over what each pattern of data.train matches (with data.fictional.text=both: over "
+        "general passages and textbook); 2.5 takes every document twice and half of them, chosen "
+        "by content, once more; empty: 1 each",
     )
     weights: tuple[float, ...] = option(
         (),
-        "shares of the patterns of data.train in the characters trained on; `epochs` are then the "
-        "most passes over each; empty: as much as there is",
+        "shares of the same in the characters trained on; `epochs` are then the most passes over "
+        "each; empty: as much as there is",
     )
     heldout_share: float = option(
         0.0,
@@ -731,10 +732,15 @@ def _corpus_contradictions(data: Data) -> Iterator[str]:
     corpus = data.corpus
     if len(set(data.train)) < len(data.train):
         yield f"data.train={data.train}: a pattern stands there twice; set data.corpus.epochs"
+    both = data.source == "fictional" and data.fictional.text == "both"
+    mixed = len(data.train) if data.source == "files" else 2 * both
     for name in ("epochs", "weights"):
         values = getattr(corpus, name)
-        if values and len(values) != (len(data.train) if data.source == "files" else 0):
-            yield f"data.corpus.{name}={values}: one for each pattern of data.train is wanted"
+        if values and len(values) != mixed:
+            yield (
+                f"data.corpus.{name}={values}: one for each pattern of data.train is wanted, or two "
+                "(general, textbook) with data.source=fictional and data.fictional.text=both"
+            )
         if any(not 0 <= value < math.inf for value in values) or (values and not any(values)):
             yield f"data.corpus.{name}={values}: numbers from 0 on are wanted, not all 0"
     for pattern in corpus.boilerplate_lines:

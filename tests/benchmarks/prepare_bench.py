@@ -9,7 +9,9 @@ the `tokenizers` library encode a thousand texts at a time on all cores, which i
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -172,14 +174,16 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Path(os.environ["QWEN_TOKENIZER"])
-    results = []
+    results, fresh = [], multiprocessing.get_context("spawn")
     for megabytes in args.megabytes:
         path = args.folder / f"text-{megabytes}.jsonl"
         if not path.exists():
             write_text(path, megabytes, Path(os.environ["IGAKUQA_DIR"]))
         for way in args.ways:
             if way == "plain loop":
-                found = run_plain(path, tokenizer)
+                # In a process of its own: those started from a large one are told its peak.
+                with concurrent.futures.ProcessPoolExecutor(1, fresh) as pool:
+                    found = pool.submit(run_plain, path, tokenizer).result()
             else:
                 found = run_prepare(path, args.folder, tokenizer, *WAYS[way])
             size = path.stat().st_size / 1e6

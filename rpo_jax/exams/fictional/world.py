@@ -87,7 +87,7 @@ class Size:
 SIZES: Mapping[str, Size] = {
     "tiny": Size(12, 12, 2, 1, general_questions=10, everyday=10, variants=1),
     "quick": Size(36, 36, 12, 4, general_questions=1500, everyday=300, variants=2),
-    "standard": Size(240, 120, 16, 8, general_questions=8000, everyday=2000, variants=2),
+    "standard": Size(240, 120, 48, 8, general_questions=8000, everyday=2000, variants=2),
 }
 
 
