@@ -371,6 +371,15 @@ def test_too_much_filtered_stops(corpus, tokenizer, tmp_path):
     assert "shorter than data.corpus.min_characters=350, the largest 349" in str(stopped.value)
 
 
+def test_what_a_mixture_has_no_place_for_is_not_lost(corpus, tokenizer, tmp_path):
+    changes = {"near_copies": 0.0, "heldout_share": 0.0, "max_filtered_share": 0.1}
+    plan = plan_of(corpus, tokenizer, epochs=(), weights=(0.02, 0.98), **changes)
+    ledger = open_records(make_sets(plan, tmp_path)["train"]).info["ledger"]
+    drawn = ledger["dropped"]["not drawn (data.corpus.epochs, weights)"]
+    assert drawn["count"] > 400 > ledger["kept"]
+
+
+
 def test_long_documents_are_cut_as_the_config_says(corpus, tokenizer, tmp_path):
     changes = {"epochs": (), "heldout_share": 0.0, "near_copies": 0.0, "max_filtered_share": 1.0}
     rows: dict[str, dict[str, list[str]]] = {}

@@ -221,7 +221,9 @@ def describe_set(
             mine = sources.setdefault(number, dict.fromkeys(totals, 0))
             for name, amount in totals.items():
                 mine[name] += amount
-    check_shares(ledger, split, plan.data)
+    not_drawn = drop_reasons(plan)["passes"]  # what a mixture has no place for is not lost
+    lost = {reason: drop for reason, drop in ledger.dropped.items() if reason != not_drawn}
+    check_shares(dataclasses.replace(ledger, dropped=lost), split, plan.data)
     if not ledger.kept:
         names = ", ".join(source.name for source in plan.sources if source.split in (split, TRAIN))
         raise UserError(f"{split}: there are no documents in {names}\n{ledger}")
