@@ -1,6 +1,7 @@
 """The weights of the loss on the embedded world: alpha x beta, three seeds each, as adapters.
 
 python -m rpo_jax.sweep --config configs/fictional_sweep.py --together
+python -m rpo_jax.sweep --config configs/fictional_sweep.py:small --together  # some of its points
 """
 
 from collections.abc import Iterator
@@ -8,10 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rpo_jax.config import defaults
+from rpo_jax.config import choose, defaults
+
+GRIDS = {  # alpha, beta
+    "full": ((0.0, 0.25, 1.0, 2.0), (0.05, 0.1, 0.5, 1.0)),
+    "small": ((0.0, 0.25, 1.0), (0.1, 1.0)),
+}
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "full") -> ConfigDict:
     """What all points share; wants the run of fictional_cpt.py."""
     config = defaults()
     config.stage = "rpo"
@@ -32,9 +38,10 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[dict[str, Any]]:
-    """48 points: alpha = 0 is DPO."""
-    for alpha in (0.0, 0.25, 1.0, 2.0):
-        for beta in (0.05, 0.1, 0.5, 1.0):
+def sweep(arg: str = "full") -> Iterator[dict[str, Any]]:
+    """48 points, or 18 of them: alpha = 0 is DPO."""
+    alphas, betas = choose(GRIDS, arg)
+    for alpha in alphas:
+        for beta in betas:
             for seed in range(3):
                 yield {"rpo.alpha": alpha, "rpo.beta": beta, "seed": seed}

@@ -183,10 +183,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def load_sweep(path: str) -> list[dict[str, Any]]:
     """The points of a config file's `sweep()`: dicts of dotted overrides.
 
+    It takes an argument as `get_config()` does, which stands after a colon behind the path.
+
     Raises:
         UserError: there is none, it fails, or yields something else.
     """
-    points = _list_yields(path, "sweep", (), "overrides a point")
+    points = _list_yields(path, "sweep", "overrides a point")
     if not points or not all(isinstance(point, dict) and point for point in points):
         raise UserError(f"{path}: sweep() must yield dicts like {{'rpo.alpha': 0.5}}, one at least")
     return points
@@ -200,10 +202,7 @@ def load_arms(path: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is none, it fails, yields something else, or a name twice.
     """
-    argument = path.partition(":")[2]
-    found = _list_yields(
-        path, "arms", (argument,) if argument else (), "a name and overrides an arm"
-    )
+    found = _list_yields(path, "arms", "a name and overrides an arm")
     if not found or not all(
         isinstance(arm, tuple) and list(map(type, arm)) == [str, dict] for arm in found
     ):
@@ -218,11 +217,12 @@ def load_arms(path: str) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def _list_yields(path: str, function: str, arguments: Sequence[str], what: str) -> list[Any]:
+def _list_yields(path: str, function: str, what: str) -> list[Any]:
     """What a function of a config file yields."""
+    file, _, argument = path.partition(":")
     try:
-        found = runpy.run_path(path.partition(":")[0]).get(function)
-        yields = list(found(*arguments)) if callable(found) else None
+        found = runpy.run_path(file).get(function)
+        yields = list(found(*([argument] if argument else []))) if callable(found) else None
     except Exception as error:
         raise UserError(f"--config: {_where(error)}{_explain(error)}") from error
     if yields is None:

@@ -8,6 +8,8 @@ overrides a point:
             for seed in range(3):
                 yield {"rpo.alpha": alpha, "seed": seed}
 
+It takes an argument as `get_config()` does: `--config configs/<name>.py:small`.
+
 Each point is a run of its own, `runs/<name>-alpha0.0-seed0`, like any other: it can be evaluated or
 exported. Finished points are kept, one that was stopped goes on. Table (CSV, JSON) and figures go
 to `runs/<name>/`.

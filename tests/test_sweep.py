@@ -220,8 +220,13 @@ def test_means_have_the_interval_of_students_t():
 
 
 def test_the_committed_sweep_is_a_grid():
-    points = sweep.read_points(str(REPO / "configs/fictional_sweep.py"), [])
+    path = str(REPO / "configs/fictional_sweep.py")
+    points = sweep.read_points(path, [])
     assert len(points) == 48
+    small = sweep.read_points(f"{path}:small", [])
+    assert len(small) == 18 and all(point in points for point in small)
+    with pytest.raises(UserError, match="'large' is none of full, small"):
+        sweep.read_points(f"{path}:large", [])
     check_together([point.config for point in points])
     assert {point.overrides["rpo.alpha"] for point in points} >= {0.0, 1.0}
-    assert cli.load_config(str(REPO / "configs/fictional_sweep.py")).rpo.alpha == 1.0
+    assert cli.load_config(path).rpo.alpha == 1.0
