@@ -174,7 +174,10 @@ def train_together(configs: Sequence[Config]) -> None:
 
         state = restore_state(checkpoints, abstract)
         if state is None:
-            state = stack_states([start_from(first(own), tx, single) for own in configs], abstract)
+            # Adapters begin by their seed alone, and each beginning is a program to compile.
+            seeds = {own.seed: own for own in configs}
+            starts = {seed: start_from(first(own), tx, single) for seed, own in seeds.items()}
+            state = stack_states([starts[own.seed] for own in configs], abstract)
         done, take = int(state.step), make_take(single)
         origin = join_params(first(config) if done else take(state, 0).params, frozen)
         references = find_references(
