@@ -48,12 +48,32 @@ def execute(path, tmp_path, parameters):
     )
 
 
+def make_smaller(tmp_path, **fields):
+    """Overrides for all stages of a notebook that sets the workdir itself."""
+    of_others = (".workdir=", ".data.general=")  # the notebook's own; of one stage only
+    small = base_overrides(tmp_path, train__steps=4, **fields)
+    return [word for word in [*small, *LENGTHS] if not any(x in word for x in of_others)]
+
+
+@pytest.mark.full
+def test_ablation(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device: programs for eight take longer to compile
+    few = {"mesh__fsdp": 1, "mesh__tensor": 1, "train__batch_rows": 2, "train__eval_rows": 8}
+    parameters = {
+        "CONFIG": "configs/fictional_sweep.py:small",
+        "WORKDIR": str(tmp_path),
+        "SMALLER": make_smaller(tmp_path, **few),
+    }
+    said = execute(REPO / "notebooks/ablation.ipynb", tmp_path, parameters)
+    for word in ("18 of 18 points", "18 rows; rpo.alpha rpo.beta"):
+        assert word in said
+    assert said.count("image/png") == 3
+    assert (tmp_path / "fictional-sweep/dpo_and_rpo.png").exists()
+
+
 @pytest.mark.full
 def test_colab(tmp_path):
-    of_others = (".workdir=", ".data.general=")  # the notebook's own; of one stage only
-    small = [word for word in base_overrides(tmp_path) if not any(x in word for x in of_others)]
-    smaller = [*small, *LENGTHS, "--config.train.steps=4"]
-    parameters = {"WORKDIR": str(tmp_path), "SMALLER": smaller}
+    parameters = {"WORKDIR": str(tmp_path), "SMALLER": make_smaller(tmp_path)}
     said = execute(REPO / "notebooks/colab.ipynb", tmp_path, parameters)
     for word in ("fictional-base: cpt, 4 steps", "fictional-rpo: rpo", "image/png", "as it should"):
         assert word in said
