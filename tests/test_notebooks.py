@@ -58,7 +58,7 @@ def make_smaller(tmp_path, **fields):
 @pytest.mark.full
 def test_ablation(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device: programs for eight take longer to compile
-    few = {"mesh__fsdp": 1, "mesh__tensor": 1, "train__batch_rows": 2, "train__eval_rows": 8}
+    few = {"mesh__fsdp": 1, "mesh__tensor": 1, "train__batch_rows": 4, "train__eval_rows": 8}
     parameters = {
         "CONFIG": "configs/fictional_sweep.py:small",
         "WORKDIR": str(tmp_path),
