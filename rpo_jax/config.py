@@ -738,8 +738,8 @@ def _corpus_contradictions(data: Data) -> Iterator[str]:
         values = getattr(corpus, name)
         if values and len(values) != mixed:
             yield (
-                f"data.corpus.{name}={values}: one for each pattern of data.train is wanted, or two "
-                "(general, textbook) with data.source=fictional and data.fictional.text=both"
+                f"data.corpus.{name}={values}: one for each pattern of data.train is wanted, or "
+                "two (general, textbook) with data.source=fictional and data.fictional.text=both"
             )
         if any(not 0 <= value < math.inf for value in values) or (values and not any(values)):
             yield f"data.corpus.{name}={values}: numbers from 0 on are wanted, not all 0"
