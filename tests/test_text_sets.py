@@ -379,7 +379,6 @@ def test_what_a_mixture_has_no_place_for_is_not_lost(corpus, tokenizer, tmp_path
     assert drawn["count"] > 400 > ledger["kept"]
 
 
-
 def test_long_documents_are_cut_as_the_config_says(corpus, tokenizer, tmp_path):
     changes = {"epochs": (), "heldout_share": 0.0, "near_copies": 0.0, "max_filtered_share": 1.0}
     rows: dict[str, dict[str, list[str]]] = {}
