@@ -349,7 +349,12 @@ class Rpo:
         above=0.0,
     )
     alpha: float = option(1.0, "weight of the NLL term; 0 is the preference alone", at_least=0.0)
-    gamma: float = option(0.5, "simpo: margin that is aimed at, in nats", at_least=0.0)
+    gamma: float = option(
+        0.5,
+        "simpo: what beta times the difference of nats a token is to exceed (arXiv:2405.14734 "
+        "takes beta 2 and more)",
+        at_least=0.0,
+    )
     label_smoothing: float = option(
         0.0, "dpo: probability that a preference is the wrong way round", at_least=0.0, below=0.5
     )
@@ -687,6 +692,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"rpo.length_normalised=True: rpo.preference={rpo.preference!r} has no log-ratios"
     if rpo.label_smoothing and rpo.preference != "dpo":
         yield f"rpo.label_smoothing={rpo.label_smoothing}: only rpo.preference='dpo' knows it"
+    if rpo.gamma != Rpo().gamma and rpo.preference != "simpo":
+        yield f"rpo.gamma={rpo.gamma}: only rpo.preference='simpo' knows it"
     if rpo.preference == "none" and not rpo.alpha:
         yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
     lora = config.lora

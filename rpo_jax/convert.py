@@ -14,6 +14,7 @@ An interrupted import or export goes on where it stopped when the same command i
 import argparse
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -205,11 +206,9 @@ def _export_adapters(weights: Weights, base: str, args: argparse.Namespace) -> N
         raise UserError(f"--adapter: {folder} holds whole weights and no adapters")
     if read_adapters(adapters.base) is not None:
         logging.warning(
-            "%s itself is adapters over another model: this adapter alone does not turn %s into "
-            "what was trained; export %s too, and load the adapter over that",
-            adapters.base,
-            base,
-            adapters.base,
+            "warning: %s, which these adapters were trained over, is itself adapters over another "
+            "model: export it merged (without --adapter), and load these over that",
+            os.path.normpath(adapters.base),
         )
     _, trained = load_trained_to_host(folder, weights.step)
     if "rows" in trained:

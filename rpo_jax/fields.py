@@ -127,7 +127,7 @@ def _convert(value: Any, kind: Any) -> tuple[Any, str]:
 
 def _limit(value: Any, limits: Mapping[str, Any]) -> str:
     if limits["choices"] is not None and value not in limits["choices"]:
-        return f"one of {', '.join(limits['choices'])} is wanted"
+        return f"one of {', '.join(choice or '(empty)' for choice in limits['choices'])} is wanted"
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number is wanted"
     if limits["above"] is not None and not value > limits["above"]:

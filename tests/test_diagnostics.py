@@ -56,4 +56,4 @@ def test_what_lasts_is_warned_of_once(caplog, name, bad, good, patience):
     for step, value in enumerate(values):
         watch.look(step, {name: value, "loss": 1.0})
     (warning,) = caplog.messages
-    assert warning.startswith(f"step {2 * patience - 1}: {name} is ")
+    assert warning.startswith(f"warning: step {2 * patience - 1}: {name} is ")

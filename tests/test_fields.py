@@ -290,11 +290,11 @@ TABLES = [
         {
             "rpo.alpha": 0.5,
             "rpo.beta": 0.2,
-            "rpo.gamma": 0.6,
             "rpo.label_smoothing": 0.1,
             "optim.learning_rate": 1e-3,
         },
     ),
+    (look_at_numbers, {**PAIRS, "rpo.preference": "simpo"}, {"rpo.gamma": 0.6}),
     (look_at_weights, TEXT, {"seed": 1}),
     (look_at_weights, {**ADAPTERS, "lora.targets": ("q",)}, {"lora.init": "a_zero"}),
     (look_at_shape, {}, {"model.shape": "qwen2.5-0.5b"}),

@@ -34,7 +34,7 @@ def test_a_table_has_a_row_a_measure():
     table = format_measures("held out", {"before": {}, "after": {"nll": 2.0, "new": 1.0}})
     assert table == [
         "held out                         before      after",
-        "nll                                   -     2.0000  nats/token (of pairs: of the chosen "
-        "response)",
+        "nll                                   -     2.0000  nats/token (of pairs: of the tokens "
+        "that rpo.nll_tokens names)",
         "new                                   -     1.0000",
     ]

@@ -136,7 +136,7 @@ def test_a_stage_after_a_stage_improves_its_held_out_measures(workdir, tmp_path,
     cli.run(measure_run, evaluated, json="")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["step"] == 12
-    shown = f"{after['nll']:.4f}  nats/token (of pairs: of the chosen response)"
+    shown = f"{after['nll']:.4f}  nats/token (of pairs: of the tokens that rpo.nll_tokens names)"
     assert shown in format_result(result)
     for name, value in after.items():
         np.testing.assert_allclose(result["heldout"][name], value, rtol=1e-6, atol=1e-6)

@@ -9,6 +9,8 @@ from typing import Any
 from rpo_jax.config import Data
 from rpo_jax.errors import UserError
 
+NOT_DRAWN = "not drawn (data.corpus.epochs, weights)"  # a mixture has no place for it: not lost
+
 
 @dataclass
 class Drop:
@@ -80,8 +82,16 @@ class Ledger:
 
     def share(self, asked: bool) -> float:
         """Of all inputs, the part left out because the config asks for it, or all the same."""
-        count = sum(entry.count for entry in self.dropped.values() if entry.asked == asked)
+        count = sum(entry.count for entry in self.lost(asked).values())
         return count / max(self.kept + self.dropped_count, 1)
+
+    def lost(self, asked: bool) -> dict[str, Drop]:
+        """What was left out because the config asks for it, or all the same."""
+        return {
+            reason: entry
+            for reason, entry in self.dropped.items()
+            if entry.asked == asked and reason != NOT_DRAWN
+        }
 
     def __str__(self) -> str:
         share = f"{self.dropped_count:,} dropped ({self.dropped_share:.2%})"
@@ -117,7 +127,7 @@ def check_shares(ledger: Ledger, split: str, data: Data) -> None:
         (True, "data.corpus.max_filtered_share", data.corpus.max_filtered_share),
     ):
         if (share := ledger.share(asked)) > allowed:
-            counted = {reason: x for reason, x in ledger.dropped.items() if x.asked == asked}
+            counted = ledger.lost(asked)
             too_long = not asked and any(entry.largest for entry in counted.values())
             advice = ["relax the filters named here"] if asked else []
             advice += ["raise the lengths named here"] if too_long else []

@@ -23,7 +23,7 @@ from rpo_jax.data.copies import count_passes, find_passes, order_keys
 from rpo_jax.data.corpus import Document
 from rpo_jax.data.files import survey_file
 from rpo_jax.data.filling import Shard
-from rpo_jax.data.ledger import Drop, Ledger, check_shares
+from rpo_jax.data.ledger import NOT_DRAWN, Drop, Ledger, check_shares
 from rpo_jax.data.overlap import Questions
 from rpo_jax.data.records import FORMAT, digest
 from rpo_jax.data.screening import TRAIN, Account, Collection, Found, Part, Piece, screen
@@ -182,7 +182,7 @@ def drop_reasons(plan: Plan) -> dict[str, str]:
     return {
         "copy": "the same text as another document",
         "near": f"like another document (data.corpus.near_copies={plan.data.corpus.near_copies:g})",
-        "passes": "not drawn (data.corpus.epochs, weights)",
+        "passes": NOT_DRAWN,
     }
 
 
@@ -221,9 +221,7 @@ def describe_set(
             mine = sources.setdefault(number, dict.fromkeys(totals, 0))
             for name, amount in totals.items():
                 mine[name] += amount
-    not_drawn = drop_reasons(plan)["passes"]  # what a mixture has no place for is not lost
-    lost = {reason: drop for reason, drop in ledger.dropped.items() if reason != not_drawn}
-    check_shares(dataclasses.replace(ledger, dropped=lost), split, plan.data)
+    check_shares(ledger, split, plan.data)
     if not ledger.kept:
         names = ", ".join(source.name for source in plan.sources if source.split in (split, TRAIN))
         raise UserError(f"{split}: there are no documents in {names}\n{ledger}")

@@ -63,7 +63,7 @@ class Exam:
             also = f", or set {self.directory_variable}" if self.directory_variable else ""
             raise UserError(
                 f"--exam {self.name}: where is it? give --exam_dir{also}; it comes from "
-                f"{self.source}"
+                f"{self.source} (the held-out measures of a run want --config)"
             )
         return Path(named).expanduser()
 

@@ -114,8 +114,8 @@ def check_apart(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[st
     for file in heldout:
         if file["sha256"] in trained:
             raise UserError(
-                f"data.heldout: {file['path']} has the content of {trained[file['sha256']]}, which "
-                "data.train holds"
+                f"data.heldout: {file['path']} holds the same as {trained[file['sha256']]} of "
+                "data.train"
             )
 
 

@@ -37,7 +37,7 @@ _SIGNS: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
 def make_term_gradients(work: Workload) -> Callable[..., dict[str, Array]]:
     """The jitted `(trained, frozen, hyper, batch) -> {"grad_norm_<term>", "grad_cosine_<a>_<b>"}`.
 
-    Norms are those of the plain terms, without their weights in the loss; a cosine below 0 says
+    Norms are those of the terms as they are logged: the NLL without alpha; a cosine below 0 says
     that a step along one term makes the other one worse. It costs a backward pass a term.
     """
     rpo = work.config.rpo
@@ -79,7 +79,7 @@ class Watch:
             self._in_a_row[name] = self._in_a_row[name] + 1 if is_bad(scalars[name]) else 0
             if self._in_a_row[name] == patience:
                 logging.warning(
-                    "step %d: %s is %.6g, bad for %d measures in a row: %s",
+                    "warning: step %d: %s is %.6g, bad for %d measures in a row: %s",
                     step,
                     name,
                     scalars[name],

@@ -180,7 +180,7 @@ def _flush(
             raise UserError(
                 f"step {step}: loss {scalars['loss']} with gradient norm {scalars['grad_norm']} on "
                 f"records {records[records >= 0].tolist()}; the step was refused, the last "
-                "checkpoint is whole. Look at these records, or lower optim.learning_rate"
+                "checkpoint is whole. Lower optim.learning_rate, or look at these records"
             )
         newest = scalars | (rates if step == pending[-1][0] else {})
         log.write(step, newest)
@@ -190,7 +190,9 @@ def _flush(
 
 
 def _say(step: int, steps: int, scalars: dict[str, float]) -> None:
-    shown = ("loss", "dpo", "nll", "margin", "reward_accuracy", "grad_norm", "tokens_per_s")
+    terms = ("loss", "dpo", "ipo", "simpo", "orpo", "nll")
+    pairs = ("margin", "reward_accuracy", "preference_accuracy")
+    shown = (*terms, *pairs, "grad_norm", "tokens_per_s")
     text = "  ".join(f"{name} {scalars[name]:.4g}" for name in shown if name in scalars)
     logging.info("step %d/%d  %s", step, steps, text)
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 # By the end of a name: unit, and what it is.
 _MEANINGS = {
     "loss": "what training lowers",
-    "nll": "nats/token (of pairs: of the chosen response)",
+    "nll": "nats/token (of pairs: of the tokens that rpo.nll_tokens names)",
     "general_nll": "nats/token of the general text",
     "dpo": "nats a pair; 0.6931 is no preference",
-    "ipo": "squared nats a pair",
+    "ipo": "squared nats a pair (a token, if length-normalised)",
     "simpo": "nats a pair",
-    "orpo": "nats a pair; 0.6931 is no preference",
+    "orpo": "nats a pair, times rpo.beta; 0.6931 times rpo.beta is no preference",
     "preference_accuracy": "share of pairs: the chosen response is the likelier one",
     "reward_accuracy": "share of pairs: the chosen response gained more (a tie is half)",
     "margin": "nats a pair: how much more the chosen response gained",
