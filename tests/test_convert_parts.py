@@ -309,6 +309,7 @@ mesh = make_mesh(Mesh(data=1, fsdp=2, seq=1, tensor=2))
 wanted = abstract_weights(Network(shape, param_dtype="bfloat16"), mesh)
 def count_read():
     return int(Path("/proc/self/io").read_text().split()[1])
+load_params(folder, wanted)  # once, so that what Orbax imports meanwhile isn't counted
 before = count_read()
 _, params = load_params(folder, wanted)
 Path(sys.argv[4], "read").write_text(str(count_read() - before))
@@ -323,7 +324,9 @@ for number, leaf in enumerate(jax.tree.leaves(params)):
 @pytest.mark.full
 def test_two_processes_restore_their_own_parts(tmp_path: Path) -> None:
     """Straight onto a mesh of both, each reading its half of the bytes."""
-    shape = replace(SHAPE, hidden_size=512, intermediate_size=2048, vocab_size=4096)
+    # Wide enough that the large arrays are cut between chunks: one that two devices of a host share
+    # is read once or twice, as it happens.
+    shape = replace(SHAPE, hidden_size=512, intermediate_size=8192, vocab_size=8192)
     tensors = random_tensors(shape)
     import_(write_checkpoint(tmp_path / "in", shape, tensors=tensors), tmp_path / "model")
     with socket.socket() as free:
@@ -344,8 +347,7 @@ def test_two_processes_restore_their_own_parts(tmp_path: Path) -> None:
     )
     half = sum(value.nbytes for value in tensors.values()) / 2
     read = [int((tmp_path / f"host{i}" / "read").read_text()) for i in range(2)]
-    # Measured 1.16 and 1.33: the modules that Orbax imports meanwhile are counted too.
-    assert all(half <= each < 1.5 * half for each in read), [each / half for each in read]
+    assert all(half <= each < 1.3 * half for each in read), [each / half for each in read]
     for number, leaf in enumerate(jax.tree.leaves(whole)):
         want = np.asarray(leaf).view(np.uint16)
         seen = np.zeros(want.shape, bool)
