@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 REPO = Path(__file__).resolve().parents[1]
@@ -35,6 +36,10 @@ def _set_up_jax() -> None:
 
 
 _set_up_jax()
+
+# The same examples in each run, however slow the machine is.
+settings.register_profile("rpo_jax", deadline=None, derandomize=True, database=None)
+settings.load_profile("rpo_jax")
 
 # Annotations such as Float[Array, "B T D"] are checked at every call of a test, and nowhere else.
 # Under jit they are checked while tracing, so compiled code pays nothing.

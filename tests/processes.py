@@ -1,5 +1,6 @@
 """Commands in several processes, as on the hosts of a pod: CPU devices, Gloo between them."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -30,7 +31,7 @@ def start(
     return [begin(index) for index in range(count)]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[str, str]]:
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 900) -> list[tuple[str, str]]:
     """Waits for all; what each said on stdout and stderr."""
     try:
         return [process.communicate(timeout=timeout) for process in processes]
@@ -39,14 +40,23 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list
             process.kill()
 
 
+_TURNS = itertools.count(os.getpid())
+
+
 def find_ports() -> int:
-    """A free port whose successor is free too."""
-    while True:
+    """A free port whose successor is free too.
+
+    Both lie below those that the kernel hands out by itself: such a one may be gone before it is
+    used, and who asks there before anybody listens can be connected with itself.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for turn in itertools.islice(_TURNS, 500):
+        port = 20_000 + 1000 * (worker % 12) + 2 * (turn % 500)
         with socket.socket() as one, socket.socket() as next_one:
-            one.bind(("localhost", 0))
-            port = one.getsockname()[1]
             try:
-                next_one.bind(("localhost", port + 1))
+                one.bind(("", port))
+                next_one.bind(("", port + 1))
             except OSError:
                 continue
-            return int(port)
+            return port
+    raise AssertionError("no two free ports")

@@ -48,7 +48,7 @@ class Bucket:
     def run(self, *words: object, status: int = 0) -> str:
         """What a command says."""
         process = self.begin(*words)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == status, err
         assert "Traceback" not in err
         return out if status == 0 else err
@@ -132,7 +132,7 @@ def test_two_hosts_and_a_bad_value(tmp_path: Path, bucket: Bucket) -> None:
     assert "something else" in bucket.run(*words, status=2)
     words = ("import", "--source", source, "--target", "gs://bucket/pair")
     parts = [bucket.begin(*words, f"--part={i}/2") for i in (2, 1)]
-    texts = [part.communicate(timeout=300) for part in parts]
+    texts = [part.communicate(timeout=900) for part in parts]
     assert [part.returncode for part in parts] == [0, 0], texts
     assert any("parameters" in out for out, _ in texts)
     assert "every checksum agrees" in bucket.run("verify", "--source", "gs://bucket/pair")

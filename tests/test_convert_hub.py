@@ -125,7 +125,7 @@ def test_without_a_network(tmp_path: Path) -> None:
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 2
     assert "no such folder, and the hub cannot be reached" in done.stderr
@@ -150,7 +150,7 @@ def test_a_broken_download_resumes(tmp_path: Path) -> None:
 
         def run(*changed: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                changed or words, cwd=REPO, env=env, capture_output=True, text=True, timeout=300
+                changed or words, cwd=REPO, env=env, capture_output=True, text=True, timeout=900
             )
 
         # What can be told from small files is told before a byte of the weights is fetched.

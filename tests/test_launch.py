@@ -53,7 +53,7 @@ class Cloud:
     def run(self, script, *words, status=0, **env):
         command = ["bash", str(LAUNCH / script), *words]
         done = subprocess.run(
-            command, env=self.env | env, capture_output=True, text=True, check=False, timeout=60
+            command, env=self.env | env, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
@@ -177,7 +177,7 @@ def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state):
         stdout=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while len(cloud.calls()) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -41,7 +41,9 @@ def execute(path, tmp_path, parameters):
     assert set(re.findall(r"^(\w+) =", given["source"], re.MULTILINE)) == parameters.keys()
     given["source"] = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     resources = {"metadata": {"path": str(REPO)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=1800, startup_timeout=300, iopub_timeout=60, resources=resources
+    ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(
         output.get("text", "") + str(output.get("data", {}).keys()) for output in outputs

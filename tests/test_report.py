@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -198,12 +199,13 @@ def test_every_bar_lies_inside_its_plot(folders, report):
 def test_a_browser_shows_it_in_light_and_dark(tmp_path, folders, report):
     def browse(*flags: str) -> subprocess.CompletedProcess:
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *flags]
+        command += ["--disable-dev-shm-usage", f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}"]
         url = (folders[0] / "comparison.html").absolute().as_uri()
         home = {**os.environ, "HOME": str(tmp_path)}
         return subprocess.run(
-            [*command, f"--user-data-dir={tmp_path}/profile", url],
+            [*command, url],
             capture_output=True,
-            timeout=120,
+            timeout=600,
             env=home,
             check=True,
         )

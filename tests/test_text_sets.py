@@ -256,18 +256,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, corpus, tokenizer, tmp_pat
     script = tmp_path / "run.py"
     script.write_text(PROGRAM)
     words = [sys.executable, str(script), str(tmp_path / "plan"), str(tmp_path / "out")]
-    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(REPO)})
-    deadline = time.monotonic() + 60
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 900
     while not list(tmp_path.glob("out/*.unfinished/part-*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=900)  # the workers, who share its output, leave with it
     (work,) = (tmp_path / "out").iterdir()
     assert work.name.endswith(".unfinished")
     before = {path: path.stat().st_mtime_ns for path in work.glob("part-*.json")}
     assert before
-    time.sleep(0.1)  # the workers leave with their parent
     found = make_sets(replace(plan, data=replace(plan.data, workers=1)), tmp_path / "out")
     assert read_bytes(found) == read_bytes(made)
     assert sorted((tmp_path / "out").iterdir()) == sorted(found.values())

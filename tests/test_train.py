@@ -166,6 +166,13 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
 
 
+def count_losses(folder):
+    """Steps of a run that goes on: the last line may be half written."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return sum('"loss"' in line for line in lines)
+
+
 def weights(workdir, name, arguments, config=BASE):
     work = build(cli.load_config(str(config), arguments))
     with jax.set_mesh(work.mesh):
@@ -183,14 +190,15 @@ def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     folder = tmp_path / "stopped"
     stopped = base_overrides(tmp_path, name="stopped")
     command = [sys.executable, "-m", "rpo_jax.train", f"--config={BASE}", *stopped]
+    command.append("--config.train.eval_every_steps=1")  # slower: not over before the signal
     process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while len(losses(folder) if (folder / "metrics.jsonl").exists() else {}) < 12:
+    deadline = time.monotonic() + 900
+    while count_losses(folder) < 12:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=900)
     if sign == signal.SIGTERM:
         assert process.returncode == 143, errors
         named = int(re.search(r"stopped at step (\d+), saved", errors)[1])

@@ -19,7 +19,7 @@ from rpo_jax import convert
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
-HANG_S = 20
+HANG_S = 120
 
 Damage = Callable[[Path, np.random.Generator], None]
 
