@@ -46,9 +46,10 @@ from rpo_jax.weights.history import History, tell_history
 from rpo_jax.weights.hub import fetch_config, find_source, is_hub_id
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor, list_tensors
-from rpo_jax.weights.shards import is_remote, read_json
+from rpo_jax.weights.shards import read_json
 from rpo_jax.weights.source import open_source
 from rpo_jax.weights.store import DTYPE_NAMES, DTYPES
+from rpo_jax.writing import in_bucket
 
 _TEXT = "高血圧の患者には、まず減塩を勧める。 A question, an answer, and the number 3.14.\n"
 
@@ -107,7 +108,7 @@ def _write_papers(
 ) -> dict[str, bytes]:
     """The card, from what the runs tell and what was given instead, and the licence's notice."""
     history = History()
-    if not is_remote(weights.folder):
+    if not in_bucket(weights.folder):
         history = tell_history(Path(weights.folder), weights.step)
     given = {name: _read_text(getattr(args, name)) for name in vars(history)}
     history = replace(history, **{name: text for name, text in given.items() if text})
@@ -173,7 +174,7 @@ def open_model(folder: epath.Path, step: int | None) -> Weights:
         UserError: no such step, unreadable, or adapters whose base is not what it was.
     """
     here = Path(folder)
-    adapters = None if is_remote(folder) else read_adapters(here)
+    adapters = None if in_bucket(folder) else read_adapters(here)
     if adapters is None:
         return open_weights(folder, step)
     check_base(here, adapters)
@@ -246,7 +247,7 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
     except ImportError as error:
         raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
 
-    if is_remote(weights.folder):
+    if in_bucket(weights.folder):
         raise UserError(f"--against: {weights.folder} is in a bucket; copy it to a disk first")
     peer = find_source(against)
     if peer.shape != weights.shape:

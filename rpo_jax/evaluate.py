@@ -58,14 +58,10 @@ from rpo_jax.train import build
 from rpo_jax.training.evaluation import find_references, make_evaluate, measure_divergence
 from rpo_jax.training.measures import format_measures
 from rpo_jax.training.origin import first_trained, load_params, load_run
-from rpo_jax.training.run import (
-    check_same_run,
-    check_vocabulary,
-    read_fingerprints,
-    write_json,
-)
+from rpo_jax.training.run import check_same_run, check_vocabulary, read_fingerprints
 from rpo_jax.training.state import abstract_weights, join_params, split_params
 from rpo_jax.training.workload import Workload, make_workload
+from rpo_jax.writing import write_json
 
 _OTHERS = {"--checkpoint", "--score", "--report"}  # what is measured where it is no --config
 

@@ -43,8 +43,9 @@ from rpo_jax.model.qwen2 import Network, Params
 from rpo_jax.training.checkpoint import name_score
 from rpo_jax.training.loop import Look
 from rpo_jax.training.opening import Opened, find_model, open_model, read_end_ids, take_apart
-from rpo_jax.training.run import read_fingerprints, write_json
+from rpo_jax.training.run import read_fingerprints
 from rpo_jax.training.state import fingerprint_params
+from rpo_jax.writing import write_json
 
 LOGGED_RATES = ("parse", "run_on", "stop", "truncation")  # of a dev exam
 

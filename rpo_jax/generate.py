@@ -28,7 +28,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.generation.requests import Completion, Request, Settings, check_settings
 from rpo_jax.training.opening import Opened, open_model, take_apart
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json
 
 
 def read_requests(path: Path, tokenizer: Tokenizer, settings: Settings, seed: int) -> list[Request]:

@@ -22,7 +22,7 @@ from rpo_jax.sample import describe as describe_answers
 from rpo_jax.sample import draw, gather
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.measures import explain_measure
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json
 
 
 def main(config: Config) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rpo_jax import cli
 from rpo_jax.config import Config
-from rpo_jax.data.files import digest_files, draft_folder, find_files, read_objects, take_string
+from rpo_jax.data.files import digest_files, find_files, read_objects, take_string
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
@@ -32,7 +32,7 @@ from rpo_jax.exams.preferences import (
 )
 from rpo_jax.exams.split import Split, find_leaks, hold_out, split_exam
 from rpo_jax.sample import gather
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import draft_folder, write_json
 
 _FORMAT = 1  # raised when other pairs are made of the same answers
 LEDGERS = ("explanations", "answers", "questions", "pairs")

@@ -13,9 +13,10 @@ from rpo_jax.model.shape import ModelShape, load_shape
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import BASIS, Plan, plan_program
 from rpo_jax.training.programs import PROGRAMS
-from rpo_jax.training.run import find_shape, write_json
+from rpo_jax.training.run import find_shape
 from rpo_jax.training.search import format_line
 from rpo_jax.training.search import search as search_layouts
+from rpo_jax.writing import write_json
 
 _TOKENS = 1e9
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rpo_jax import cli
 from rpo_jax.config import Config
-from rpo_jax.data.files import digest_files, draft_folder, find_files
+from rpo_jax.data.files import digest_files, find_files
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
@@ -38,7 +38,7 @@ from rpo_jax.exams.split import Split, split_exam
 from rpo_jax.training.checkpoint import find_step, open_existing
 from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import draft_folder, write_json
 
 _FORMAT = 2  # raised when candidates change their meaning: older sets are then made anew
 

@@ -40,7 +40,8 @@ from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
 from rpo_jax.training.results import Point, Row, average, collect, write_results
-from rpo_jax.training.run import find_versions, write_json
+from rpo_jax.training.run import find_versions
+from rpo_jax.writing import write_json
 
 DEFAULT = "configs/study.py"
 _SHOWN = {  # held-out measures, where a stage has them

@@ -38,7 +38,6 @@ from rpo_jax.training.run import (
     open_run,
     read_fingerprints,
     read_metrics,
-    write_json,
 )
 from rpo_jax.training.state import (
     abstract_state,
@@ -49,6 +48,7 @@ from rpo_jax.training.state import (
 from rpo_jax.training.step import make_step
 from rpo_jax.training.workload import Workload, make_workload, train_batches
 from rpo_jax.weights.store import find_checkpoints
+from rpo_jax.writing import write_json
 
 
 def main(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rpo_jax.exams.arms import compare_arms
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json
 from tests.sittings import make_exam
 from tests.test_study import sits
 from tests.test_train import base_overrides

@@ -16,14 +16,12 @@ from etils import epath
 
 from rpo_jax.data.copies import Texts, choose_shard, find_copies, find_near_copies
 from rpo_jax.data.corpus import Document
-from rpo_jax.data.files import in_bucket
 from rpo_jax.data.filling import Chosen, fill_shard
 from rpo_jax.data.local import Work, find_sets, hold, open_work, seal_sets
 from rpo_jax.data.naming import name_clash
 from rpo_jax.data.overlap import band_keys
 from rpo_jax.data.records import shard_name
 from rpo_jax.data.screening import Account, Found
-from rpo_jax.data.spill import write_json
 from rpo_jax.data.textplan import (
     Plan,
     choose_passes,
@@ -33,6 +31,7 @@ from rpo_jax.data.textplan import (
     spread_passes,
 )
 from rpo_jax.errors import UserError
+from rpo_jax.writing import in_bucket, write_json
 
 # Split, reason and place of what a step leaves out; its id, and that of what stays instead.
 Left = tuple[str, str, tuple[int, int], str, str]

@@ -10,8 +10,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from typing import Any
 from etils import epath
 
 from rpo_jax.errors import UserError
+from rpo_jax.writing import in_bucket
 
 COMPRESSED = (".gz", ".zst")
 MOST_BYTES = 16 * 2**20  # of one document: tokenising it takes some fifty times that
@@ -46,11 +45,6 @@ class Span:
     end: int | None = None
     first: int = 1
     size: int = 0
-
-
-def in_bucket(path: epath.PathLike) -> bool:
-    """Whether a path lies in a bucket, where a file appears whole and nothing has to be renamed."""
-    return os.fspath(path).startswith("gs://")
 
 
 def plain_name(path: epath.PathLike) -> str:
@@ -254,31 +248,6 @@ def survey_file(path: epath.PathLike, span_bytes: int = 0) -> tuple[dict[str, An
         for (start, first), end in zip(starts, ends, strict=True)
     ]
     return {"path": name, "bytes": size, "sha256": sha256.hexdigest()}, spans
-
-
-@contextlib.contextmanager
-def draft_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then becomes `folder` by one rename; nothing if an exception comes.
-
-    Where another process made the same folder meanwhile, that one stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.incomplete-", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp makes it private
-        place_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def place_folder(draft: Path, folder: Path) -> None:
-    """Gives a finished folder its name; where it has been taken meanwhile, nothing happens."""
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _cut_groups(file: Any, span_bytes: int) -> tuple[list[tuple[int, int]], list[int | None]]:

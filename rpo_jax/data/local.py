@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from rpo_jax.data.card import CARD_FILE, render_card
 from rpo_jax.data.copies import Texts, choose_shard, find_copies, find_groups, find_near_copies
-from rpo_jax.data.files import place_folder
 from rpo_jax.data.filling import Chosen, Shard, fill_shard
 from rpo_jax.data.naming import check_names
 from rpo_jax.data.records import FULL_DISK, digest, seal_records, shard_name, text_features
 from rpo_jax.data.screening import Account
-from rpo_jax.data.spill import Spill, read_json, write_json
+from rpo_jax.data.spill import Spill, read_json
 from rpo_jax.data.textplan import (
     Plan,
     choose_passes,
@@ -39,6 +38,7 @@ from rpo_jax.data.textplan import (
     spread_passes,
 )
 from rpo_jax.errors import UserError
+from rpo_jax.writing import place_folder, write_json
 
 _CHOSEN = np.dtype([("part", "<u4"), ("row", "<u4")])
 _WORKER_BYTES = 8 * 2**20  # of input, that are worth the start of a process

@@ -24,8 +24,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from rpo_jax.data.files import draft_folder, in_bucket
 from rpo_jax.errors import UserError
+from rpo_jax.writing import draft_folder, in_bucket
 
 Example = dict[str, Any]
 Features = Mapping[str, Any]  # name -> feature of tensorflow-datasets

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from rpo_jax.data.corpus import Document
-from rpo_jax.data.files import in_bucket
 from rpo_jax.data.naming import hash_name
 from rpo_jax.data.overlap import BINS, band_keys
 from rpo_jax.data.screening import Account
 from rpo_jax.data.textplan import Plan, screen_part
+from rpo_jax.writing import write_json
 
 _ENTRY = np.dtype(
     [
@@ -91,14 +90,6 @@ class Spill:
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"part-{self.plan.part_keys[number][:16]}.{kind}"
-
-
-def write_json(path: Path | epath.Path, value: Any) -> None:
-    """Writes JSON, atomically."""
-    scratch = path if in_bucket(path) else path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    if scratch != path:
-        scratch.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

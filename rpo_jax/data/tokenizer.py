@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from rpo_jax.errors import UserError
+from rpo_jax.writing import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAMES = ("tokenizer.json", "tokenizer.model")
@@ -87,9 +88,7 @@ class Tokenizer:
             (SETTINGS_FILE, settings.encode()),
             (self.file_name, self.content),
         ):
-            scratch = directory / f"{name}.incomplete"
-            scratch.write_bytes(content)
-            scratch.replace(directory / name)
+            write_whole(directory / name, content)
 
 
 def read_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import FORMATS, PromptFormat
 from rpo_jax.exams.responses import Response, parse_response, to_record
+from rpo_jax.writing import write_json
 
 ANSWER_ONLY, EXPLAIN_FIRST = MODES
 _RESPONSES = "responses"
@@ -186,8 +186,7 @@ def open_sitting(folder: Path, sitting: Sitting, restart: bool = False) -> None:
     whole = replace(before or sitting, modes=tuple(mode for mode in MODES if mode in asked))
     if whole != before:
         (folder / _RESPONSES).mkdir(parents=True, exist_ok=True)
-        content = json.dumps(asdict(whole), ensure_ascii=False, indent=2)
-        write_atomically(path, content + "\n")
+        write_json(path, asdict(whole))
 
 
 def _find_changes(folder: Path, wanted: dict[str, Any]) -> list[str]:
@@ -283,13 +282,6 @@ def read_answers(folder: Path, mode: str, seed: int) -> list[Response]:
                 )
             responses[response.id] = response
     return list(responses.values())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all."""
-    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # of this host alone
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def _append(path: Path, response: Response) -> None:

@@ -7,7 +7,6 @@ Source: arXiv:2303.18027 and its data release (github jungokasai/IgakuQA).
 """
 
 import json
-import os
 import re
 import string
 import unicodedata
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_jax.errors import UserError
+from rpo_jax.writing import write_whole
 
 DEMONSTRATIONS_FILE = "prompt.jsonl"
 FIRST_EXAM_YEAR = 1906  # exam 112 was held in 2018, and so on
@@ -156,9 +156,7 @@ def write_questions(
         ]
     for path, lines in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def _question_record(question: Question) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from rpo_jax.exams.asking import (
     list_answers,
     read_answers,
     read_sitting,
-    write_atomically,
 )
 from rpo_jax.exams.exam import Exam
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.page import render_page
 from rpo_jax.exams.scoring import RULES, Mark, mark_all, score, tally
 from rpo_jax.exams.statistics import compare, measure_agreement, spread, vote
+from rpo_jax.writing import write_whole
 
 _SHOWN_FLIPS = 12  # texts of a model in the report
 
@@ -41,8 +41,8 @@ def write_report(
     text = json.dumps(report, ensure_ascii=False, indent=1)
     place = place_report(folders, out)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place.with_name(f"{place.name}.json"), text + "\n")
-    write_atomically(place.with_name(f"{place.name}.html"), render_page(report))
+    write_whole(place.with_name(f"{place.name}.json"), text + "\n")
+    write_whole(place.with_name(f"{place.name}.html"), render_page(report))
     return report
 
 

@@ -28,6 +28,7 @@ from rpo_jax.exams.exam import find_exam, list_exams
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import ANSWER_ZERO_SHOT_V1, OFFICIAL_COMPLETION_V1
 from rpo_jax.exams.split import find_world
+from rpo_jax.writing import write_whole
 
 TextFiles = dict[Collection, list[epath.Path]]
 
@@ -240,9 +241,7 @@ def _write_texts(config: Config, name: str, documents: Iterable[Document]) -> ep
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-        scratch.write_text("".join(lines), encoding="utf-8")
-        scratch.replace(path)
+        write_whole(path, "".join(lines))
     return epath.Path(path)
 
 

@@ -22,6 +22,7 @@ from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_f
 from rpo_jax.sharding.topology import Topology
 from rpo_jax.training.programs import Job, make_job
 from rpo_jax.training.workload import Workload
+from rpo_jax.writing import write_whole
 
 Plan = dict[str, Any]
 
@@ -97,9 +98,7 @@ def _compile(
         }
     result["compile_seconds"] = round(time.monotonic() - began, 1)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(gzip.compress(json.dumps(result).encode()))
-    temporary.replace(path)
+    write_whole(path, gzip.compress(json.dumps(result).encode()))
     return result
 
 

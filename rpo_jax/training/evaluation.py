@@ -23,10 +23,10 @@ from rpo_jax.training.reference import (
     compute_reference,
     find_reference,
 )
-from rpo_jax.training.run import write_json
 from rpo_jax.training.state import fingerprint_params, split_params, with_shardings
 from rpo_jax.training.step import make_divergence, make_measure, make_score
 from rpo_jax.training.workload import Workload, heldout_batches
+from rpo_jax.writing import write_json
 
 REFERENCE_NOTE = "reference.json"  # in a run's folder
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from rpo_jax.training.results import MEASURES, Mean, Point, Row, average
 from rpo_jax.training.run import read_metrics
+from rpo_jax.writing import open_whole
 
 _SIZE = (4.6, 3.8)  # of a panel, inches
 _WINDOW = 9  # steps that a training curve is averaged over
@@ -168,7 +169,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_suffix(f".tmp{path.suffix}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with open_whole(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
     return path

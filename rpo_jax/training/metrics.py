@@ -15,6 +15,7 @@ import numpy as np
 from rpo_jax.config import Log
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network
+from rpo_jax.writing import write_whole
 
 # bf16 FLOP/s of one JAX device, by the start of its `device_kind`. Source: Google Cloud's TPU pages
 # (system architecture); a TPU7x chip shows two devices.
@@ -116,9 +117,7 @@ class MetricLog:
             return
         if config.wandb_project:
             self._wandb = _start_wandb(config.wandb_project, folder, run)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if config.tensorboard:
             # Where torch is installed this imports it, which takes seconds.

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from rpo_jax.training.checkpoint import (
 from rpo_jax.training.state import abstract_weights, join_params, make_params, split_params
 from rpo_jax.weights.manifest import fingerprint_step
 from rpo_jax.weights.store import find_checkpoints
+from rpo_jax.writing import draft_folder, write_json
 
 NOTE = "adapters.json"
 
@@ -125,10 +125,7 @@ def _find_id(tokenizer: Tokenizer, token: str) -> int:
 def _write_note(folder: Path, adapters: Adapters, beside: Path) -> None:
     """Writes the note into `folder`, which is or will be `beside`: the base is named from there."""
     values = dataclasses.asdict(adapters) | {"base": os.path.relpath(adapters.base, beside)}
-    path = folder / "model" / NOTE
-    temporary = path.with_name(f"{NOTE}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(folder / "model" / NOTE, values)
 
 
 def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> None:
@@ -147,13 +144,11 @@ def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> None:
         raise UserError(f"{target}: is there already; choose another --target")
     with open_existing(base) as checkpoints:
         step = find_step(checkpoints, None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{target.name}.draft-", dir=target.parent))
-    shutil.copytree(base / "model", draft / "model", ignore=shutil.ignore_patterns(NOTE))
-    _write_note(draft, Adapters(base, step, fingerprint_checkpoint(base, step), lora), target)
-    with open_checkpoints(draft, Checkpoint(keep=1)) as checkpoints:
-        checkpoints.save_checkpointables(0, {"params": {"lora": pairs}})
-    draft.rename(target)
+    with draft_folder(target) as draft:
+        shutil.copytree(base / "model", draft / "model", ignore=shutil.ignore_patterns(NOTE))
+        _write_note(draft, Adapters(base, step, fingerprint_checkpoint(base, step), lora), target)
+        with open_checkpoints(draft, Checkpoint(keep=1)) as checkpoints:
+            checkpoints.save_checkpointables(0, {"params": {"lora": pairs}})
 
 
 def fingerprint_checkpoint(folder: Path, step: int) -> str:

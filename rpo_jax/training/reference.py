@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rpo_jax.errors import UserError
 from rpo_jax.training.distributed import agree
+from rpo_jax.writing import open_whole
 
 Reference = Float[np.ndarray, "records M"]
 
@@ -52,9 +53,8 @@ def find_reference(
         return stored
     result = compute()
     if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, result)
-        temporary.replace(path)
+        with open_whole(path) as file:
+            np.save(file, result)
     logging.info("reference: %d pairs -> %s", count, path)
     return result
 

@@ -13,7 +13,7 @@ from typing import Any
 from scipy import stats
 
 from rpo_jax.config import Config
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json, write_whole
 
 Row = dict[str, Any]
 # What a reader asks for first, where a stage measures it.
@@ -86,7 +86,5 @@ def write_results(folder: Path, rows: Sequence[Row]) -> list[Path]:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path, temporary = folder / "results.csv", folder / "results.csv.tmp"
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
-    return [folder / "results.json", path]
+    write_whole(folder / "results.csv", text.getvalue())
+    return [folder / "results.json", folder / "results.csv"]

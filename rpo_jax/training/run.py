@@ -21,6 +21,7 @@ from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
 from rpo_jax.training.checkpoint import has_checkpoint, has_steps
 from rpo_jax.training.origin import NOTE, note_adapters
 from rpo_jax.weights.store import RUN_FILE, place_checkpoints
+from rpo_jax.writing import write_json
 
 # What a run may go on with: none of these changes its numbers (beyond float rounding).
 _FREE = (
@@ -219,13 +220,6 @@ def list_changes(
             yield from list_changes(before, after, f"{prefix}{key}.")
         elif before != after:
             yield prefix + key, before, after
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -19,7 +19,6 @@ from rpo_jax.config import TARGETS, Lora
 from rpo_jax.errors import UserError
 from rpo_jax.model.quantize import count_inputs
 from rpo_jax.model.shape import ModelShape
-from rpo_jax.weights.flow import write_whole
 from rpo_jax.weights.names import Tensor, list_tensors
 from rpo_jax.weights.shards import read_json, read_shard
 from rpo_jax.weights.store import DTYPES, Piece
@@ -32,6 +31,7 @@ from rpo_jax.weights.workplace import (
     list_other_files,
     refuse_other,
 )
+from rpo_jax.writing import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

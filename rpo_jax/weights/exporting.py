@@ -27,7 +27,6 @@ from rpo_jax.weights.flow import (
     run_all,
     show_progress,
     write_steadily,
-    write_whole,
 )
 from rpo_jax.weights.manifest import Manifest, fingerprint_step, read_manifest
 from rpo_jax.weights.names import Tensor, list_tensors
@@ -37,7 +36,6 @@ from rpo_jax.weights.shards import (
     ITEM_BYTES,
     SINGLE,
     Shard,
-    is_remote,
     make_index,
     make_shard,
     read_json,
@@ -64,6 +62,7 @@ from rpo_jax.weights.workplace import (
     refuse_unfinished,
     tidy,
 )
+from rpo_jax.writing import in_bucket, write_whole
 
 _SHARD_BYTES = 4 * 10**9
 
@@ -145,7 +144,7 @@ def export_weights(
     """
     dtype = dtype or weights.arrays.dtype
     plan = {"export": {"weights": fingerprint_step(weights.folder_of_step), "dtype": dtype}}
-    if not is_remote(target) and (target / MARKER).exists():
+    if not in_bucket(target) and (target / MARKER).exists():
         check_plan(target, plan)  # it was killed with nothing left but this to do
         tidy(target)
         return []
@@ -182,7 +181,7 @@ def _fill(
     total, left = (sum(map(_count_data, group)) for group in (shards, todo))
 
     def write_shard(shard: Shard, advance: Callable[[int], None]) -> None:
-        draft = folder / (shard.file if is_remote(folder) else f"{shard.file}.draft")
+        draft = folder / (shard.file if in_bucket(folder) else f"{shard.file}.draft")
         with write_steadily(draft) as write:
             header = shard.header.encode()
             write(len(header).to_bytes(8, "little") + header)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from rpo_jax.errors import UserError
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES, is_remote
+from rpo_jax.weights.shards import ITEM_BYTES
 from rpo_jax.weights.store import cut_pieces
+from rpo_jax.writing import in_bucket
 
 # What Python with JAX and TensorStore holds before the first piece, measured with room to spare.
 _BASE_BYTES = 512 * 2**20
@@ -126,7 +127,7 @@ def check_space(target: epath.Path, wanted: int) -> None:
     Raises:
         UserError: names both sizes.
     """
-    if is_remote(target):
+    if in_bucket(target):
         return
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     stats = os.statvfs(folder)
@@ -145,19 +146,6 @@ def show_progress(what: str, total: int, done: int = 0) -> tqdm:
     )
 
 
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    draft = path.parent / f".{path.name}.{os.getpid()}"
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
 @contextlib.contextmanager
 def write_steadily(path: epath.Path) -> Iterator[Callable[[Any], object]]:
     """Opens a large file for writing; it is on disk when the context ends without an error.
@@ -166,7 +154,7 @@ def write_steadily(path: epath.Path) -> Iterator[Callable[[Any], object]]:
     for the end.
     """
     with path.open("wb") as file:
-        if is_remote(path):
+        if in_bucket(path):
             yield file.write
             return
         with ThreadPoolExecutor(1) as pool:

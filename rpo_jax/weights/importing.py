@@ -29,7 +29,6 @@ from rpo_jax.weights.flow import (
     cut_blocks,
     run_all,
     show_progress,
-    write_whole,
 )
 from rpo_jax.weights.manifest import (
     MANIFEST,
@@ -39,7 +38,7 @@ from rpo_jax.weights.manifest import (
     read_manifest,
 )
 from rpo_jax.weights.names import Tensor
-from rpo_jax.weights.shards import ITEM_BYTES, Entry, Shard, is_remote, read_bytes
+from rpo_jax.weights.shards import ITEM_BYTES, Entry, Shard, read_bytes
 from rpo_jax.weights.source import KEPT_FILES, Source, fingerprint_files
 from rpo_jax.weights.store import (
     CHECKPOINTS,
@@ -61,6 +60,7 @@ from rpo_jax.weights.workplace import (
     list_differences,
     tidy,
 )
+from rpo_jax.writing import in_bucket, write_whole
 
 _LAYOUT = "layout"  # the record that the arrays are there to be filled
 _MARKER = "commit_success.txt"  # what Orbax looks for in a bucket
@@ -187,7 +187,7 @@ def _lay_out(source: Source, target: epath.Path, folder: epath.Path, plan: dict[
             if (source.directory / file).exists():
                 write_whole(folder / "model" / file, (source.directory / file).read_bytes())
         create(folder, source.tensors, source.shape.num_hidden_layers, source.dtype)
-        if is_remote(folder):
+        if in_bucket(folder):
             (_step(folder) / _MARKER).unlink()
         write_whole(folder / RECORDS / _LAYOUT, b"")
 
@@ -220,7 +220,7 @@ def _fill(source: Source, folder: epath.Path, threads: int, part: Part) -> None:
     def copy(tensor: Tensor, advance: Callable[[int], None]) -> None:
         file, entry = entries[tensor.name]
         digest = _copy(source.directory / file, entry, tensor, arrays, advance)
-        write_whole(records / tensor.name, digest.encode())
+        write_whole(records / tensor.name, digest)
 
     with show_progress("import", total, total - left) as progress:
         run_all(copy, todo, threads, progress)
@@ -258,12 +258,12 @@ def _finish(source: Source, files: dict[str, str], target: epath.Path, folder: e
                 zip(names, pool.map(lambda n: (records / n).read_text(), names), strict=True)
             )
     except FileNotFoundError:
-        if not is_remote(folder):
+        if not in_bucket(folder):
             raise
         return  # in a bucket, records go when another part has finished
     checkpoint = fingerprint_step(_step(folder))
     manifest = Manifest(source.name, source.commit, files, checkpoint, source.shards, sums)
-    if is_remote(target):
+    if in_bucket(target):
         (_step(folder) / _MARKER).write_text("complete\n")
     write_whole(folder / "model" / MANIFEST, dump_manifest(manifest))
     give_name(folder, target)

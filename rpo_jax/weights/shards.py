@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from rpo_jax.errors import UserError
+from rpo_jax.writing import in_bucket
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -189,17 +190,12 @@ def read_bytes(file: IO[bytes], start: int, stop: int, where: str) -> np.ndarray
 
 def stat_file(path: epath.Path) -> tuple[int, int]:
     """Size in bytes, and a number that is another after each change of the file."""
-    if is_remote(path):
+    if in_bucket(path):
         stats = path.stat()
         return stats.length, stats.mtime
     # epath knows whole seconds only, and asks for the owner's name, which a container may lack.
     local = os.stat(path)
     return local.st_size, local.st_mtime_ns
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path lies in a bucket, where a folder cannot be renamed in one go."""
-    return str(path).startswith("gs://")
 
 
 def _parse_json(raw: bytes, where: str) -> dict[str, Any]:

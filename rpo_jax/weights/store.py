@@ -25,7 +25,8 @@ from orbax.checkpoint import v1 as ocp
 
 from rpo_jax.errors import UserError
 from rpo_jax.weights.names import Tensor, from_hf
-from rpo_jax.weights.shards import ITEM_BYTES, is_remote, read_json
+from rpo_jax.weights.shards import ITEM_BYTES, read_json
+from rpo_jax.writing import in_bucket
 
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
@@ -101,7 +102,7 @@ def create(folder: epath.Path, tensors: Sequence[Tensor], layers: int, dtype: st
     context.array.saving.use_ocdbt = False
     context.array.saving.use_zarr3 = True
     root = folder / CHECKPOINTS
-    root = root if is_remote(root) else root.absolute()
+    root = root if in_bucket(root) else root.absolute()
     with _no_word_of_merging(), context, ocp.training.Checkpointer(root) as checkpoints:
         checkpoints.save_checkpointables(0, {_PARAMS: placeholders})
     step = folder / CHECKPOINTS / "0"
@@ -173,7 +174,7 @@ def _spec(step: epath.Path, path: str, use_ocdbt: bool, use_zarr3: bool) -> dict
 
 
 def _kvstore(path: epath.Path) -> dict[str, str]:
-    if is_remote(path):
+    if in_bucket(path):
         bucket, _, key = str(path).removeprefix("gs://").partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
     return {"driver": "file", "path": f"{path.absolute()}/"}
@@ -249,7 +250,7 @@ def place_checkpoints(folder: epath.Path, directory: str) -> epath.Path:
     if not directory:
         return folder / CHECKPOINTS
     root = epath.Path(directory)
-    return (root if is_remote(root) else root.resolve()) / folder.name
+    return (root if in_bucket(root) else root.resolve()) / folder.name
 
 
 def open_arrays(step: epath.Path, tensors: Sequence[Tensor], layers: int) -> Arrays:

@@ -16,9 +16,9 @@ from typing import Any
 from etils import epath
 
 from rpo_jax.errors import UserError
-from rpo_jax.weights.flow import write_whole
 from rpo_jax.weights.manifest import MANIFEST
-from rpo_jax.weights.shards import is_remote, read_json
+from rpo_jax.weights.shards import read_json
+from rpo_jax.writing import in_bucket, write_whole
 
 MARKER = "unfinished.json"
 RECORDS = "finished"
@@ -30,7 +30,7 @@ def find_workplace(target: epath.Path) -> epath.Path:
     Raises:
         UserError: the target is taken.
     """
-    if is_remote(target):
+    if in_bucket(target):
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         kind = "a folder with something else in it" if target.is_dir() else "a file"
@@ -83,7 +83,7 @@ def claim(folder: epath.Path, plan: dict[str, Any]) -> None:
                 "away, or choose another --target"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / MARKER, (json.dumps(plan, indent=1) + "\n").encode())
+        write_whole(folder / MARKER, json.dumps(plan, indent=1) + "\n")
     check_plan(folder, plan)
 
 
@@ -132,7 +132,7 @@ def hold(folder: epath.Path, alone: bool, wait: bool = True) -> Iterator[bool]:
     Raises:
         UserError: the disk has no locks.
     """
-    if is_remote(folder):
+    if in_bucket(folder):
         yield True
         return
     with contextlib.ExitStack() as stack:
@@ -159,7 +159,7 @@ def clear(folder: epath.Path) -> None:
 
 def give_name(folder: epath.Path, target: epath.Path) -> None:
     """Makes a workplace, whole now and held alone, the target."""
-    if not is_remote(target):
+    if not in_bucket(target):
         for draft in [*folder.glob(".*"), *folder.glob("model/.*")]:  # of a killed `write_whole`
             draft.unlink()
         os.rename(folder, target)

@@ -26,7 +26,7 @@ from rpo_jax.sharding.hlo import read_program
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.speed import estimate_seconds
 from rpo_jax.sharding.topology import open_topology
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json
 
 REPO = Path(__file__).resolve().parents[2]
 TOPOLOGY, ROW = "v5p:4x4x4", 4096

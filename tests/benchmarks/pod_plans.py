@@ -22,7 +22,7 @@ from rpo_jax.cli import load_config
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import BASIS, plan_program
-from rpo_jax.training.run import write_json
+from rpo_jax.writing import write_json
 from tests.lowering.test_configs import MID, PODS
 
 REPO = Path(__file__).resolve().parents[2]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_jax.data.files import draft_folder
 from rpo_jax.errors import UserError
 from rpo_jax.exams.fictional.passages import Document
 from rpo_jax.exams.fictional.world import SPLIT_YEARS, VERSION, Pair, World, is_test_world
 from rpo_jax.exams.igakuqa import write_questions
+from rpo_jax.writing import draft_folder
 
 WORLD_FILE = "world.json"
 

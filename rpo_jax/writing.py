@@ -1,0 +1,76 @@
+"""Files and folders that are there whole or not at all, on a disk or in a bucket (`gs://`)."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from etils import epath
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path lies in a bucket: files appear whole there, and no folder can be renamed."""
+    return os.fspath(path).startswith("gs://")
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file on a disk for writing: it is `path` once the context ends without an error.
+
+    Until then it is a hidden file beside it, which only a kill leaves behind; any number of
+    processes and hosts may write the same one.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a small file, text as UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
+    if in_bucket(path):
+        epath.Path(path).write_bytes(data)
+        return
+    with open_whole(Path(path)) as file:
+        file.write(data)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes a value as JSON that people can read."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then becomes `folder` by one rename; nothing if an exception comes.
+
+    Where another process made the same folder meanwhile, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.incomplete-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp makes it private
+        place_folder(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def place_folder(draft: Path, folder: Path) -> None:
+    """Gives a finished folder its name; where it has been taken meanwhile, nothing happens."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
