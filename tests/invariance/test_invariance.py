@@ -2,17 +2,27 @@
 
 Every case is compared with one plain program: one device, one micro-batch, no recomputation. The
 bound is 1e-5 of each tensor's norm, in float32. A few chosen cases run in the fast tier, a set that
-contains every pair of settings in the full tier, every way to cut the work as a campaign.
+contains every pair of settings in the full tier, every way to cut the work as a campaign:
+
+    JAX_DISABLE_MOST_OPTIMIZATIONS=1 pytest -m campaign tests/invariance -n 2
+
+That takes hours, most of them in the compiler, which is why it is told to hurry. What a mesh and a
+stage gave goes to campaign.json as soon as it is known, so `-k` can run them a few at a time.
 """
 
 import dataclasses
 import itertools
+import json
 import random
+import statistics
+import subprocess
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from rpo_jax.config import Mesh
 from rpo_jax.data.loader import make_batches
@@ -23,6 +33,7 @@ from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.state import abstract_weights
 from rpo_jax.training.step import compute_gradients
+from rpo_jax.writing import write_json
 from tests.tiny import (
     MESHES,
     NETWORK,
@@ -36,6 +47,7 @@ from tests.tiny import (
 )
 
 BOUND = 1e-5
+FIGURES = Path(__file__).with_name("campaign.json")
 TWO_LAYERS = dataclasses.replace(NETWORK, shape=dataclasses.replace(SHAPE, num_hidden_layers=2))
 
 DEVICES = {  # mesh -> how many of the eight devices it takes
@@ -186,9 +198,11 @@ def plain(stage):
 
 
 def check(cases):
+    """How far each case is from the plain result."""
     assert cases
     worst = {str(case): relative_difference(plain(case["stage"]), run(case)) for case in cases}
     assert max(worst.values()) < BOUND, max(worst, key=worst.__getitem__)
+    return list(worst.values())
 
 
 @pytest.mark.parametrize(
@@ -214,8 +228,9 @@ def test_covering_cases_give_the_plain_result(mesh):
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("stage", SETTINGS["stage"])
 @pytest.mark.parametrize("mesh", DEVICES)
-def test_every_cut_gives_the_plain_result(mesh):
+def test_every_cut_gives_the_plain_result(mesh, stage):
     """The whole product of how the work is cut and placed; what recomputes it is drawn."""
     rng = random.Random(0)
     cut = {name: SETTINGS[name] for name in CUT}
@@ -225,4 +240,21 @@ def test_every_cut_gives_the_plain_result(mesh):
         | dict(zip(cut, values, strict=True))
         for values in itertools.product(*cut.values())
     ]
-    check([case for case in cases if case["mesh"] == mesh and is_possible(case)])
+    chosen = [case for case in cases if case["mesh"] == mesh and case["stage"] == stage]
+    store(f"{mesh}, {stage}", check(list(filter(is_possible, chosen))))
+
+
+def store(name, differences):
+    """Keeps how far the cases of a campaign were from the plain result, beside this file."""
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=FIGURES.parent, capture_output=True, text=True, check=True)
+    with FileLock(f"{FIGURES}.lock"):
+        figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+        figures[name] = {
+            "cases": len(differences),
+            "worst": max(differences),
+            "median": statistics.median(differences),
+            "commit": commit.stdout.strip(),
+            "optimised": not jax.config.read("jax_disable_most_optimizations"),
+        }
+        write_json(FIGURES, dict(sorted(figures.items())))
