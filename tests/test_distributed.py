@@ -3,6 +3,7 @@
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +187,20 @@ def test_those_who_do_not_come_are_named_in_time(tmp_path):
     assert said == [f"processes: 2 of 4 processes are here after 3 s: {here}; {absent}"] * 2
     (alone,) = meet_all(tmp_path, {}, count=2, timeout_s=0.5, indices=[1])
     assert re.match(r"process 0 does not answer at localhost:\d+ after 0.5 s \(", alone)
+
+
+def test_a_process_does_not_take_itself_for_another(tmp_path, monkeypatch):
+    def meet_itself(address, timeout):
+        line = socket.socket()
+        at_once = struct.pack("ii", 1, 0)  # closed, it leaves the port
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        line.bind(address)
+        line.connect(address)
+        return line
+
+    monkeypatch.setattr(socket, "create_connection", meet_itself)
+    (alone,) = meet_all(tmp_path, {}, count=2, timeout_s=0.5, indices=[1])
+    assert re.match(r"process 0 does not answer at .* \(nobody listens there\)", alone)
 
 
 def test_two_of_one_index_are_refused(tmp_path):

@@ -215,8 +215,7 @@ def _attend(place: Place, facts: Mapping[str, Any], timeout_s: float, deadline: 
     line = None
     while line is None:
         try:
-            address = (place.host, place.port)
-            line = _Line(socket.create_connection(address, timeout=_RETRY_S * 10))
+            line = _Line(_connect(place))
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -234,6 +233,15 @@ def _attend(place: Place, facts: Mapping[str, Any], timeout_s: float, deadline: 
         gone = f"process 0 at {place.host}:{place.port} is gone before the run began"
         _refuse(message["problems"] if message else [gone])
     return Meeting(place, dict(message["names"]), {0: line})
+
+
+def _connect(place: Place) -> socket.socket:
+    connection = socket.create_connection((place.host, place.port), timeout=_RETRY_S * 10)
+    if connection.getsockname() == connection.getpeername():
+        # The kernel gave it the very port that it asks for, since nobody listens there yet.
+        connection.close()
+        raise ConnectionRefusedError("nobody listens there")
+    return connection
 
 
 def _refuse(problems: list[str]) -> NoReturn:
