@@ -1,10 +1,8 @@
 """The command line: overrides, help, and errors without tracebacks."""
 
-import runpy
-
 import pytest
 
-from rpo_jax import cli, evaluate, generate
+from rpo_jax import __main__, cli, evaluate, generate
 from rpo_jax.errors import UserError
 
 CONFIG = """
@@ -171,7 +169,7 @@ def test_help_without_a_config_tells_defaults(capsys):
 
 
 def test_python_m_rpo_jax_lists_the_verbs(capsys):
-    runpy.run_module("rpo_jax", run_name="__main__")
+    __main__.main()
     told = capsys.readouterr().out
     assert "rpo_jax.train     Trains one run.\n" in told
     assert "rpo_jax.pair      Preference pairs of an exam.\n" in told
