@@ -6,19 +6,27 @@ Made of the judged answers that `rpo_jax.sample` stored, and of ground-truth exp
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rpo_jax import cli
 from rpo_jax.config import Config
-from rpo_jax.data.files import digest_files, find_files, read_objects, take_string
+from rpo_jax.data.files import (
+    check_sums,
+    digest_files,
+    find_files,
+    read_objects,
+    sum_files,
+    take_string,
+)
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
-from rpo_jax.exams.asking import digest_questions, find_prompt
-from rpo_jax.exams.candidates import Candidate, read_candidates
+from rpo_jax.exams.asking import EXPLAIN_FIRST, digest_questions, find_prompt
+from rpo_jax.exams.candidates import RIGHT, Candidate, judge, read_candidates, strip_cue
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.preferences import (
     ALL_LEFT_OUT,
@@ -30,11 +38,15 @@ from rpo_jax.exams.preferences import (
     prefer,
     sort_texts,
 )
+from rpo_jax.exams.responses import Response
 from rpo_jax.exams.split import Split, find_leaks, hold_out, split_exam
 from rpo_jax.sample import gather
 from rpo_jax.writing import draft_folder, write_json
 
-_FORMAT = 1  # raised when other pairs are made of the same answers
+NOTE = "preferences.json"
+# The line that `PromptFormat.target` writes itself.
+_ANSWER_LINE = re.compile(r"(?:\A|\n)[ \t]*答え[ \t]*[:：][^\n]*\s*\Z")
+_FORMAT = 2  # raised when other pairs are made of the same answers
 LEDGERS = ("explanations", "answers", "questions", "pairs")
 
 
@@ -68,11 +80,12 @@ def make_pairs(config: Config) -> Path:
     fingerprint = digest(identity)
     folder = Path(config.workdir) / "data" / f"preferences-{fingerprint[:16]}"
     if folder.is_dir():
+        check_sums(folder, NOTE)
         return folder
     ledgers = {unit: Ledger(unit) for unit in LEDGERS}
     explanations = {question.id: question.explanation or "" for question in split.taught}
     paths = [Path(file["path"]) for file in files]
-    explanations |= _read_explanations(paths, explanations.keys(), ledgers["explanations"])
+    explanations |= _read_explanations(paths, split, ledgers["explanations"])
     ledgers["explanations"].kept = sum(map(bool, explanations.values()))
     found = _pair(config, split, list(read_candidates(candidates)), explanations, ledgers)
     _check_shares(ledgers, rules.max_left_out_share)
@@ -93,17 +106,18 @@ def make_pairs(config: Config) -> Path:
         info = {
             **identity,
             "fingerprint": fingerprint,
+            "sha256": sum_files(draft, [f"{name}.jsonl" for name in sets]),
             "explanations": files,
             "summary": {name: _summarise(records) for name, records in sets.items()},
             "ledgers": {unit: ledger.to_dict() for unit, ledger in ledgers.items()},
         }
-        write_json(draft / "preferences.json", info)
+        write_json(draft / NOTE, info)
     return folder
 
 
 def describe(folder: Path) -> str:
     """What is in a folder of pairs, and what is not and why."""
-    info = json.loads((folder / "preferences.json").read_text(encoding="utf-8"))
+    info = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     lines = [f"{folder}, {info['rules']['strategy']}:"]
     for name, found in info["summary"].items():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["relations"].items())
@@ -151,7 +165,8 @@ def _pair(
             tiers = sort_texts(question, style, own, explanation, ledgers["answers"])
             preferences = prefer(name, tiers, rules, letters, ledgers["pairs"])
             if not preferences:
-                ledgers["questions"].drop(explain_lack(tiers, rules.strategy), name)
+                reason = explain_lack(tiers, rules.strategy) if own else "no answer to it"
+                ledgers["questions"].drop(reason, name)
                 continue
             prompts[name] = (question, mode, style.render(question, shown))
             found += [(name, preference) for preference in preferences]
@@ -197,26 +212,30 @@ def _summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _read_explanations(
-    paths: Iterable[Path], known: Collection[str], ledger: Ledger
-) -> dict[str, str]:
-    """Ground-truth explanations by question.
+def _read_explanations(paths: Iterable[Path], split: Split, ledger: Ledger) -> dict[str, str]:
+    """Ground-truth explanations by question, as they stand between a prompt and its answer line.
 
     Raises:
         UserError: with file and line: a field is missing, or no text, or a question comes twice.
     """
+    known = {question.id: question for question in split.taught}
     found: dict[str, str] = {}
     for path in paths:
         for where, record in read_objects(path):
             id_, text = (take_string(where, record, name) for name in ("id", "text"))
-            if not text.strip():
+            body = _ANSWER_LINE.sub("", strip_cue(text))
+            if not body.strip():
                 raise UserError(f"{where}: the explanation of {id_} is empty")
             if id_ in found:
                 raise UserError(f"{where}: question {id_} was explained before")
-            if id_ in known:
-                found[id_] = text
-            else:
+            if id_ not in known:
                 ledger.drop("of a question that is not trained on", f"{id_}, {where}")
+                continue
+            told = judge(split.exam, known[id_], EXPLAIN_FIRST, where, Response(id_, text))
+            if _ANSWER_LINE.search(text) and told.verdict != RIGHT:
+                ledger.drop("ends in another answer than the key's", f"{id_}, {where}")
+            else:
+                found[id_] = body
     return found
 
 
@@ -230,7 +249,8 @@ def _check_shares(ledgers: Mapping[str, Ledger], allowed: float) -> None:
     for unit in ("answers", "questions"):
         if ledgers[unit].dropped_share > allowed:
             raise UserError(
-                f"more than data.pair.max_left_out_share={allowed:g} of the {unit} is left out\n"
+                f"more than data.pair.max_left_out_share={allowed:g} of the {unit} is left out: "
+                f"more answers are wanted, or a larger share there\n"
                 f"{_tell(ledgers)}"
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rpo_jax import cli
 from rpo_jax.config import Config
-from rpo_jax.data.files import digest_files, find_files
+from rpo_jax.data.files import check_sums, digest_files, find_files, sum_files
 from rpo_jax.data.ledger import Ledger
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
@@ -27,6 +27,7 @@ from rpo_jax.exams.asking import (
     read_answers,
 )
 from rpo_jax.exams.candidates import (
+    CANDIDATES_FILE,
     Candidate,
     judge,
     read_foreign,
@@ -40,7 +41,8 @@ from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
 from rpo_jax.writing import draft_folder, write_json
 
-_FORMAT = 2  # raised when candidates change their meaning: older sets are then made anew
+NOTE = "candidates.json"
+_FORMAT = 3  # raised when candidates change their meaning: older sets are then made anew
 
 
 def main(config: Config, share: str = "") -> None:
@@ -104,6 +106,7 @@ def gather(config: Config, split: Split) -> Path:
     fingerprint = digest(identity)
     folder = Path(config.workdir) / "data" / f"candidates-{fingerprint[:16]}"
     if folder.is_dir():
+        check_sums(folder, NOTE)
         return folder
     ledger = Ledger("answers")
     questions = {question.id: question for question in split.taught}
@@ -119,13 +122,14 @@ def gather(config: Config, split: Split) -> Path:
         info = {
             **identity,
             "fingerprint": fingerprint,
+            "sha256": sum_files(draft, [CANDIDATES_FILE]),
             "model": str(config.origin) if sitting else "",
             "answers_of": str(sitting) if sitting else "",
             "files": files,
             "ledger": ledger.to_dict(),
             "summary": summarise(candidates, len(questions)),
         }
-        write_json(draft / "candidates.json", info)
+        write_json(draft / NOTE, info)
     return folder
 
 
@@ -159,7 +163,7 @@ def find_sitting(config: Config, split: Split) -> Path:
 
 def describe(folder: Path) -> str:
     """What is in a set of candidates, in words."""
-    info = json.loads((folder / "candidates.json").read_text(encoding="utf-8"))
+    info = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     lines = [f"{folder}: {Ledger.from_dict(info['ledger'])}"]
     for mode, found in info["summary"].items():
         stop = "" if found["stop"] is None else f", {found['stop']:.1%} ended by themselves"

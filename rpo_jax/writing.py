@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, on a disk or in a bucket (`gs://`)."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from etils import epath
 
 
@@ -44,6 +46,13 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         return
     with open_whole(Path(path)) as file:
         file.write(data)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array as .npy: by way of memory, for numpy cannot say why a disk refuses it."""
+    content = io.BytesIO()
+    np.save(content, array)
+    write_whole(path, content.getvalue())
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -155,7 +155,14 @@ def test_the_same_input_gives_the_same_bytes_and_each_setting_other_ones(workdir
 
 def test_ground_truth_from_a_file_comes_first(workdir, tmp_path):
     taught = split_exam(make_config(workdir)).taught
-    lines = [{"id": taught[0].id, "text": "本に書いてある。"}, {"id": "999A9", "text": "ない。"}]
+    gold, other = (",".join(q.accepted[0]) for q in taught[1:3])
+    wrong = next(x for x in taught[2].letters if x not in other)
+    lines = [
+        {"id": taught[0].id, "text": "本に書いてある。"},
+        {"id": "999A9", "text": "ない。"},
+        {"id": taught[1].id, "text": f"考察: これも。\n答え: {gold}\n"},
+        {"id": taught[2].id, "text": f"これは違う。\n答え: {wrong}"},
+    ]
     write_lines(tmp_path / "truth.jsonl", lines)
     truth = {
         "pair__explanations": (f"{tmp_path}/truth.jsonl",),
@@ -167,8 +174,13 @@ def test_ground_truth_from_a_file_comes_first(workdir, tmp_path):
     records = read(folder, "train") + read(folder, "heldout")
     own = {r["chosen"] for r in records if r["question"] == taught[0].id}
     assert f"本に書いてある。\n答え: {','.join(taught[0].accepted[0])}" in own
+    # The lines around it are the prompt's and the key's.
+    own = {r["chosen"] for r in records if r["question"] == taught[1].id}
+    assert f"これも。\n答え: {gold}" in own and not any("考察" in text for text in own)
+    assert not any("これは違う" in r["chosen"] for r in records)
     dropped = read_ledgers(folder)["explanations"].dropped
     assert dropped["of a question that is not trained on"].count == 1
+    assert dropped["ends in another answer than the key's"].count == 1
     for bad, message in (
         ({"id": taught[0].id, "text": " "}, "is empty"),
         ({"id": taught[0].id, "text": "また。"}, "was explained before"),
@@ -176,6 +188,20 @@ def test_ground_truth_from_a_file_comes_first(workdir, tmp_path):
         write_lines(tmp_path / "truth.jsonl", [lines[0], bad])
         with pytest.raises(UserError, match=rf"truth\.jsonl:2: .*{message}"):
             make_pairs(make_config(workdir, **truth))
+
+
+@pytest.mark.parametrize("name", ["candidates", "preferences"])
+def test_what_was_shortened_is_not_used(workdir, name):
+    folder = make_pairs(make_config(workdir))
+    if name == "candidates":
+        (folder,) = (workdir / "data").glob("candidates-*")
+    path = folder / ("candidates.jsonl" if name == "candidates" else "train.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=f"{path.name}: not what was written there; delete"):
+        make_pairs(
+            make_config(workdir, pair__max_length_ratio=8.0 if name == "candidates" else 4.0)
+        )
 
 
 def test_too_much_left_out_stops_the_command_and_says_why(workdir, capsys):

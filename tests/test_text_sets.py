@@ -266,11 +266,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(made, corpus, tokenizer, tmp_pat
     process.communicate(timeout=900)  # the workers, who share its output, leave with it
     (work,) = (tmp_path / "out").iterdir()
     assert work.name.endswith(".unfinished")
+    for folder in work.glob("*-train"):
+        (folder / ".shard-left").mkdir()  # as by a kill while a shard is written
     before = {path: path.stat().st_mtime_ns for path in work.glob("part-*.json")}
     assert before
     found = make_sets(replace(plan, data=replace(plan.data, workers=1)), tmp_path / "out")
     assert read_bytes(found) == read_bytes(made)
     assert sorted((tmp_path / "out").iterdir()) == sorted(found.values())
+    assert not [path for folder in found.values() for path in folder.glob(".*")]
 
 
 @pytest.fixture

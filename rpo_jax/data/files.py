@@ -209,6 +209,32 @@ def digest_files(paths: Iterable[epath.PathLike]) -> list[dict[str, Any]]:
     return [survey_file(path)[0] for path in paths]
 
 
+def sum_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of files of a folder, by name; `check_sums` compares them."""
+    return {name: survey_file(folder / name)[0]["sha256"] for name in names}
+
+
+def check_sums(folder: Path, note: str) -> None:
+    """Checks that the files of a finished folder are still those that were written there.
+
+    Args:
+        folder: holds them and `note`.
+        note: JSON whose ``sha256`` is what `sum_files` gave.
+
+    Raises:
+        UserError: one is missing or another.
+    """
+    remedy = f"delete {folder}, and the same command makes it anew"
+    try:
+        sums = json.loads((folder / note).read_text(encoding="utf-8"))["sha256"]
+        found = sum_files(folder, sums)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: damaged ({error}); {remedy}") from error
+    for name in sums:
+        if found[name] != sums[name]:
+            raise UserError(f"{folder / name}: not what was written there; {remedy}")
+
+
 def survey_file(path: epath.PathLike, span_bytes: int = 0) -> tuple[dict[str, Any], list[Span]]:
     """Reads a file through once: what it is, and pieces of it that can be read by themselves.
 

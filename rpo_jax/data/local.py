@@ -38,7 +38,7 @@ from rpo_jax.data.textplan import (
     spread_passes,
 )
 from rpo_jax.errors import UserError
-from rpo_jax.writing import place_folder, write_json
+from rpo_jax.writing import place_folder, write_array, write_json
 
 _CHOSEN = np.dtype([("part", "<u4"), ("row", "<u4")])
 _WORKER_BYTES = 8 * 2**20  # of input, that are worth the start of a process
@@ -185,7 +185,7 @@ def _choose(work: Work) -> None:
     order = np.lexsort((texts.low[which], keys, shard))
     chosen = np.empty(len(order), _CHOSEN)
     chosen["part"], chosen["row"] = part[which[order]], row[which[order]]
-    np.save(work.note("chosen.npy"), chosen)
+    write_array(work.note("chosen.npy"), chosen)
     starts = np.searchsorted(shard[order], np.arange(counts.sum() + 1)).tolist()
     notes = {"starts": starts, "passes": passes, "account": account.to_dict()}
     write_json(work.note("chosen.json"), notes)

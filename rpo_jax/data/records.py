@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ INFO_FILE = "dataset.json"
 FORMAT = 3  # raised when the meaning of stored records changes: older sets are then made anew
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME, _SPLIT = "rpo", "records"
+_DRAFT = ".shard-"  # what folders are called that a shard is written in
 _LIBRARIES = ("tensorflow-datasets", "array-record", "numpy")
 
 
@@ -136,7 +138,7 @@ def write_shard(path: epath.PathLike, features: Features, examples: Iterable[Exa
     local = not in_bucket(path)
     schema = tfds.features.FeaturesDict(features)
     serializer = ExampleSerializer(schema.get_serialized_info())
-    with tempfile.TemporaryDirectory(prefix=".shard-", dir=path.parent if local else None) as room:
+    with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=path.parent if local else None) as room:
         scratch = Path(room) / path.name
         count = 0
         with _open_writer(scratch) as writer:
@@ -177,6 +179,8 @@ def seal_records(
         counts: examples of each shard.
         info: what `dataset.json` shall say beside the counts, at least a `fingerprint`.
     """
+    for left in scratch.glob(f"{_DRAFT}*"):  # by a process that was killed
+        shutil.rmtree(left)
     names = [shard_name(shard, len(counts)) for shard in range(len(counts))]
     sizes = [(scratch / name).stat().st_size for name in names]
     shards = {
@@ -210,7 +214,9 @@ def open_records(directory: Path) -> Records:
     """
     path = directory / INFO_FILE
     if not path.is_file():
-        raise UserError(f"{directory}: no record set ({INFO_FILE} is missing); run prepare")
+        raise UserError(
+            f"{directory}: no record set ({INFO_FILE} is missing); delete it all to prepare anew"
+        )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         found, shards = info["format"], info["shards"]

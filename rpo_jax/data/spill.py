@@ -13,7 +13,7 @@ from rpo_jax.data.naming import hash_name
 from rpo_jax.data.overlap import BINS, band_keys
 from rpo_jax.data.screening import Account
 from rpo_jax.data.textplan import Plan, screen_part
-from rpo_jax.writing import write_json
+from rpo_jax.writing import write_array, write_json
 
 _ENTRY = np.dtype(
     [
@@ -58,12 +58,12 @@ class Spill:
                 offset += len(name) + len(text)
                 if plan.data.corpus.near_copies:
                     signatures.append(found.sign())
-        np.save(self._path(number, "index.npy"), np.array(rows, _ENTRY))
-        np.save(self._path(number, "names.npy"), np.array(names, np.uint64))
+        write_array(self._path(number, "index.npy"), np.array(rows, _ENTRY))
+        write_array(self._path(number, "names.npy"), np.array(names, np.uint64))
         if plan.data.corpus.near_copies:
             signed = np.array(signatures, np.uint32).reshape(-1, BINS)
-            np.save(self._path(number, "signatures.npy"), signed)
-            np.save(self._path(number, "keys.npy"), band_keys(signed))
+            write_array(self._path(number, "signatures.npy"), signed)
+            write_array(self._path(number, "keys.npy"), band_keys(signed))
         write_json(self._path(number, "json"), account.to_dict())
 
     def account(self) -> Account:

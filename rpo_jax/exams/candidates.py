@@ -22,6 +22,7 @@ from rpo_jax.exams.responses import Response, parse_response
 from rpo_jax.exams.scoring import mark
 
 _CUE = re.compile(r"\A(?:\s*考察\s*[:：]\s*)+")  # what the prompt ends with, said once more
+CANDIDATES_FILE = "candidates.jsonl"
 RIGHT, WRONG, UNCLEAR = "right", "wrong", "unclear"
 
 
@@ -52,6 +53,11 @@ class Candidate:
     went_on: bool
     stop_reason: str = ""
     tokens: int = 0
+
+
+def strip_cue(text: str) -> str:
+    """A text that goes on behind a prompt which explains, without the prompt's own cue."""
+    return _CUE.sub("", text)
 
 
 def judge(exam: Exam, question: Question, mode: str, key: str, response: Response) -> Candidate:
@@ -97,7 +103,7 @@ def read_foreign(
                 )
             response = parse_response(where, record)
             if mode == EXPLAIN_FIRST:
-                response = dataclasses.replace(response, text=_CUE.sub("", response.text))
+                response = dataclasses.replace(response, text=strip_cue(response.text))
             if mode not in modes:
                 ledger.drop(f"{mode} is not in data.sample.modes", where)
             elif response.id not in questions:
@@ -108,7 +114,7 @@ def read_foreign(
 
 def write_candidates(folder: Path, candidates: Iterable[Candidate]) -> None:
     """Writes `candidates.jsonl` into a folder."""
-    with (folder / "candidates.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / CANDIDATES_FILE).open("w", encoding="utf-8") as file:
         for candidate in candidates:
             file.write(json.dumps(dataclasses.asdict(candidate), ensure_ascii=False) + "\n")
 
@@ -119,7 +125,7 @@ def read_candidates(folder: Path) -> Iterator[Candidate]:
     Raises:
         UserError: it is damaged.
     """
-    path = folder / "candidates.jsonl"
+    path = folder / CANDIDATES_FILE
     for where, record in read_objects(path):
         try:
             yield Candidate(**{**record, "answer": tuple(record["answer"])})

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rpo_jax.errors import UserError
 from rpo_jax.training.distributed import agree
-from rpo_jax.writing import open_whole
+from rpo_jax.writing import write_array
 
 Reference = Float[np.ndarray, "records M"]
 
@@ -53,8 +53,7 @@ def find_reference(
         return stored
     result = compute()
     if jax.process_index() == 0:
-        with open_whole(path) as file:
-            np.save(file, result)
+        write_array(path, result)
     logging.info("reference: %d pairs -> %s", count, path)
     return result
 
