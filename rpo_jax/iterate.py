@@ -15,9 +15,10 @@ import jax
 
 from rpo_jax import cli
 from rpo_jax.config import Config
+from rpo_jax.exams.candidates import CANDIDATES_NOTE
 from rpo_jax.exams.split import split_exam
+from rpo_jax.pair import PAIRS_NOTE, make_pairs
 from rpo_jax.pair import describe as describe_pairs
-from rpo_jax.pair import make_pairs
 from rpo_jax.sample import describe as describe_answers
 from rpo_jax.sample import draw, gather
 from rpo_jax.train import build, format_summary, train
@@ -61,7 +62,7 @@ def run_round(config: Config) -> dict[str, Any]:
     logging.info("%s", describe_pairs(pairs))
     summary = train(build(config))
     logging.info("\n%s", format_summary(summary))
-    read = {"answers": answers / "candidates.json", "pairs": pairs / "preferences.json"}
+    read = {"answers": answers / CANDIDATES_NOTE, "pairs": pairs / PAIRS_NOTE}
     return {
         "run": config.name,
         "from": config.init_from,

@@ -27,6 +27,7 @@ from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
 from rpo_jax.exams.asking import EXPLAIN_FIRST, digest_questions, find_prompt
 from rpo_jax.exams.candidates import RIGHT, Candidate, judge, read_candidates, strip_cue
+from rpo_jax.exams.exam import Exam
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.preferences import (
     ALL_LEFT_OUT,
@@ -43,7 +44,7 @@ from rpo_jax.exams.split import Split, find_leaks, hold_out, split_exam
 from rpo_jax.sample import gather
 from rpo_jax.writing import draft_folder, write_json
 
-NOTE = "preferences.json"
+PAIRS_NOTE = "preferences.json"
 # The line that `PromptFormat.target` writes itself.
 _ANSWER_LINE = re.compile(r"(?:\A|\n)[ \t]*答え[ \t]*[:：][^\n]*\s*\Z")
 _FORMAT = 2  # raised when other pairs are made of the same answers
@@ -80,7 +81,7 @@ def make_pairs(config: Config) -> Path:
     fingerprint = digest(identity)
     folder = Path(config.workdir) / "data" / f"preferences-{fingerprint[:16]}"
     if folder.is_dir():
-        check_sums(folder, NOTE)
+        check_sums(folder, PAIRS_NOTE)
         return folder
     ledgers = {unit: Ledger(unit) for unit in LEDGERS}
     explanations = {question.id: question.explanation or "" for question in split.taught}
@@ -111,13 +112,13 @@ def make_pairs(config: Config) -> Path:
             "summary": {name: _summarise(records) for name, records in sets.items()},
             "ledgers": {unit: ledger.to_dict() for unit, ledger in ledgers.items()},
         }
-        write_json(draft / NOTE, info)
+        write_json(draft / PAIRS_NOTE, info)
     return folder
 
 
 def describe(folder: Path) -> str:
     """What is in a folder of pairs, and what is not and why."""
-    info = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    info = json.loads((folder / PAIRS_NOTE).read_text(encoding="utf-8"))
     lines = [f"{folder}, {info['rules']['strategy']}:"]
     for name, found in info["summary"].items():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["relations"].items())
@@ -223,20 +224,25 @@ def _read_explanations(paths: Iterable[Path], split: Split, ledger: Ledger) -> d
     for path in paths:
         for where, record in read_objects(path):
             id_, text = (take_string(where, record, name) for name in ("id", "text"))
-            body = _ANSWER_LINE.sub("", strip_cue(text))
+            said = strip_cue(text)
+            answer = _ANSWER_LINE.search(said)
+            body = said[: answer.start()] if answer else said
             if not body.strip():
                 raise UserError(f"{where}: the explanation of {id_} is empty")
             if id_ in found:
                 raise UserError(f"{where}: question {id_} was explained before")
             if id_ not in known:
                 ledger.drop("of a question that is not trained on", f"{id_}, {where}")
-                continue
-            told = judge(split.exam, known[id_], EXPLAIN_FIRST, where, Response(id_, text))
-            if _ANSWER_LINE.search(text) and told.verdict != RIGHT:
+            elif answer and not _is_right(split.exam, known[id_], said):
                 ledger.drop("ends in another answer than the key's", f"{id_}, {where}")
             else:
                 found[id_] = body
     return found
+
+
+def _is_right(exam: Exam, question: Question, text: str) -> bool:
+    response = Response(question.id, text)
+    return judge(exam, question, EXPLAIN_FIRST, "", response).verdict == RIGHT
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

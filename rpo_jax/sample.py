@@ -28,6 +28,7 @@ from rpo_jax.exams.asking import (
 )
 from rpo_jax.exams.candidates import (
     CANDIDATES_FILE,
+    CANDIDATES_NOTE,
     Candidate,
     judge,
     read_foreign,
@@ -41,7 +42,6 @@ from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
 from rpo_jax.writing import draft_folder, write_json
 
-NOTE = "candidates.json"
 _FORMAT = 3  # raised when candidates change their meaning: older sets are then made anew
 
 
@@ -106,7 +106,7 @@ def gather(config: Config, split: Split) -> Path:
     fingerprint = digest(identity)
     folder = Path(config.workdir) / "data" / f"candidates-{fingerprint[:16]}"
     if folder.is_dir():
-        check_sums(folder, NOTE)
+        check_sums(folder, CANDIDATES_NOTE)
         return folder
     ledger = Ledger("answers")
     questions = {question.id: question for question in split.taught}
@@ -129,7 +129,7 @@ def gather(config: Config, split: Split) -> Path:
             "ledger": ledger.to_dict(),
             "summary": summarise(candidates, len(questions)),
         }
-        write_json(draft / NOTE, info)
+        write_json(draft / CANDIDATES_NOTE, info)
     return folder
 
 
@@ -163,7 +163,7 @@ def find_sitting(config: Config, split: Split) -> Path:
 
 def describe(folder: Path) -> str:
     """What is in a set of candidates, in words."""
-    info = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    info = json.loads((folder / CANDIDATES_NOTE).read_text(encoding="utf-8"))
     lines = [f"{folder}: {Ledger.from_dict(info['ledger'])}"]
     for mode, found in info["summary"].items():
         stop = "" if found["stop"] is None else f", {found['stop']:.1%} ended by themselves"

@@ -199,9 +199,7 @@ def test_what_was_shortened_is_not_used(workdir, name):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match=f"{path.name}: not what was written there; delete"):
-        make_pairs(
-            make_config(workdir, pair__max_length_ratio=8.0 if name == "candidates" else 4.0)
-        )
+        make_pairs(make_config(workdir))
 
 
 def test_too_much_left_out_stops_the_command_and_says_why(workdir, capsys):

@@ -84,11 +84,8 @@ class Tokenizer:
         """Copies the file and the end of text into `directory`, for `read_tokenizer` to find."""
         directory.mkdir(parents=True, exist_ok=True)
         settings = json.dumps({"eos_token": self.eos_token}, ensure_ascii=False) + "\n"
-        for name, content in (
-            (SETTINGS_FILE, settings.encode()),
-            (self.file_name, self.content),
-        ):
-            write_whole(directory / name, content)
+        write_whole(directory / SETTINGS_FILE, settings)
+        write_whole(directory / self.file_name, self.content)
 
 
 def read_tokenizer(path: str | Path, end_of_text: str = "") -> Tokenizer:

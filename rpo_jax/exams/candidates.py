@@ -22,7 +22,7 @@ from rpo_jax.exams.responses import Response, parse_response
 from rpo_jax.exams.scoring import mark
 
 _CUE = re.compile(r"\A(?:\s*考察\s*[:：]\s*)+")  # what the prompt ends with, said once more
-CANDIDATES_FILE = "candidates.jsonl"
+CANDIDATES_FILE, CANDIDATES_NOTE = "candidates.jsonl", "candidates.json"
 RIGHT, WRONG, UNCLEAR = "right", "wrong", "unclear"
 
 

@@ -8,7 +8,6 @@ also the lock that keeps the parts of one import out of each other's way.
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from etils import epath
 from rpo_jax.errors import UserError
 from rpo_jax.weights.manifest import MANIFEST
 from rpo_jax.weights.shards import read_json
-from rpo_jax.writing import in_bucket, write_whole
+from rpo_jax.writing import in_bucket, write_json
 
 MARKER = "unfinished.json"
 RECORDS = "finished"
@@ -83,7 +82,7 @@ def claim(folder: epath.Path, plan: dict[str, Any]) -> None:
                 "away, or choose another --target"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / MARKER, json.dumps(plan, indent=1) + "\n")
+        write_json(folder / MARKER, plan)
     check_plan(folder, plan)
 
 
