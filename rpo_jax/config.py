@@ -96,8 +96,9 @@ class Fictional:
     size: str = option("quick", "preset", choices=("tiny", "quick", "standard"))
     text: str = option(
         "textbook",
-        "passages of a cpt stage: general (language and answer formats), textbook, or both",
-        choices=("general", "textbook", "both"),
+        "passages of a cpt stage: copies (words said twice), games (words compared and chosen), "
+        "general (language and answer formats), textbook, or both of the last",
+        choices=("copies", "games", "general", "textbook", "both"),
     )
 
 
@@ -548,10 +549,13 @@ class Study:
     worlds: tuple[int, ...] = option(
         (0,), "data.fictional.seed of each world; from 1000 on they are kept for what is reported"
     )
-    seeds: tuple[int, ...] = option(
-        (0,), "of each world; what starts from random weights is trained once, with the first"
+    seeds: tuple[int, ...] = option((0,), "of each world")
+    start: str = option(
+        "cpt",
+        "the arm that others are compared with, question by question; what it comes from is "
+        "trained once a world, with the first seed",
     )
-    start: str = option("cpt", "the arm that others are compared with, question by question")
+    unexamined: tuple[str, ...] = option((), "arms that others start from, and no more")
 
 
 @dataclass(frozen=True, kw_only=True)

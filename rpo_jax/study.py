@@ -20,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,8 +71,10 @@ def main(argv: list[str]) -> None:
         told = f"run {number} of {len(runs)}, {run.config.name}"
         logging.info("\n== %s (%.0f s so far)", told, time.perf_counter() - began)
         train_run(run.config)
-        sats.append(examine(shared, run))
-    print(report(shared, runs, sats))
+        if run.arm not in shared.study.unexamined:
+            sats.append(examine(shared, run))
+    examined = [run for run in runs if run.arm not in shared.study.unexamined]
+    print(report(shared, examined, sats))
 
 
 def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
@@ -103,21 +105,41 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
                 f"({', '.join(before) or 'there is none'})"
             )
         before.append(name)
+    if stray := [name for name in shared.study.unexamined if name not in arms]:
+        raise UserError(f"study.unexamined: {', '.join(stray)} is none of {', '.join(arms)}")
+    if shared.study.start in shared.study.unexamined:
+        raise UserError(f"study.unexamined: {shared.study.start} is the arm compared with")
+    once = _list_origins(arms, shared.study.start)
     runs = [
-        _place(shared, name, arms, world, seed)
+        _place(shared, name, arms, once, world, seed)
         for world in shared.study.worlds
         for place, seed in enumerate(shared.study.seeds)
-        for name, config in arms.items()
-        if config.init_from or place == 0
+        for name in arms
+        if name not in once or place == 0
     ]
     return shared, runs
 
 
-def _place(shared: Config, arm: str, arms: Mapping[str, Config], world: int, seed: int) -> Run:
+def _list_origins(arms: Mapping[str, Config], start: str) -> list[str]:
+    """The arms that `start` comes from, and all that begin at random."""
+    found = [name for name, config in arms.items() if not config.init_from]
+    while (start := arms[start].init_from) and start not in found:
+        found.append(start)
+    return found
+
+
+def _place(
+    shared: Config,
+    arm: str,
+    arms: Mapping[str, Config],
+    once: Collection[str],
+    world: int,
+    seed: int,
+) -> Run:
     """An arm in a world, with a seed."""
 
     def name_run(name: str) -> str:
-        own = f"-seed{seed}" if arms[name].init_from else ""
+        own = "" if name in once else f"-seed{seed}"
         return f"{shared.name}-world{world}-{name}{own}"
 
     config = arms[arm]

@@ -20,12 +20,13 @@ from rpo_jax.exams.fictional import (
     write_world,
 )
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE
+from rpo_jax.exams.fictional.games import make_riddle, make_words, tell_choice, tell_comparison
 from rpo_jax.exams.fictional.graph import coin_stems
-from rpo_jax.exams.fictional.kinds import KINDS, explain, fill
+from rpo_jax.exams.fictional.kinds import KINDS, explain, fill, judge
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import EXPLAIN_V1, EXPLAIN_ZERO_SHOT_V1, OFFICIAL_V1
 
-TINY_DIGEST = "d8c442c091595f6343ecadcf92b0e050c80e5099064f82dd6f5e42a77ee63a60"
+TINY_DIGEST = "0e0e82d1ff84dcc36693460ae908994ccaf217f434e48be20688814c0a1c201a"
 
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])
@@ -49,9 +50,7 @@ def digest(directory) -> str:
 
 def names_of(graph) -> set[str]:
     """Every invented name of a domain (numbers left out)."""
-    names = {subject for _, subject in graph.facts}
-    names |= {o for objects in graph.facts.values() for o in objects if not o.isdecimal()}
-    return names
+    return set(graph.names)
 
 
 def solve(graph, question: Question) -> tuple[str, ...]:
@@ -99,7 +98,8 @@ def test_bytes_of_the_tiny_world_are_pinned(tmp_path):
 def test_names_are_of_characters_that_no_wording_has(world):
     named = {name[0] for graph in (world.medicine, world.animals) for name in names_of(graph)}
     assert named <= set(coin_stems(random.Random(0)))
-    unnamed = "".join(d.text for d in (*world.general, *world.textbook, *world.textbook_heldout))
+    texts = (*world.copies, *world.general, *world.textbook, *world.textbook_heldout)
+    unnamed = "".join(d.text for d in texts)
     for name in named:
         unnamed = unnamed.replace(name, "")
     assert not set(coin_stems(random.Random(0))) & set(unnamed)
@@ -195,7 +195,7 @@ def test_sections_d_to_f_need_no_fact_that_training_questions_give_away(world):
 
 
 def test_general_text_knows_nothing_of_the_exam(world):
-    general = "".join(d.text for d in world.general)
+    general = "".join(d.text for d in (*world.copies, *world.games, *world.general))
     general += "".join(d.text + "".join(d.choices) for d in world.demonstrations)
     assert not [name for name in names_of(world.medicine) if name in general]
     textbook = "".join(d.text for d in (*world.textbook, *world.textbook_heldout))
@@ -212,6 +212,45 @@ def test_general_text_teaches_both_answer_formats_and_few_shot_layouts(quick):
         head = format_.render(question, quick.demonstrations).split(question.text)[0]
         assert any(t.startswith(head) for t in texts)
     assert [len(d.answers) for d in quick.demonstrations] == [1, 2, 1]
+
+
+def test_copies_say_everything_twice(world):
+    assert len(world.copies) == world.size.copies
+    stems = set(coin_stems(random.Random(0)))
+    for document in world.copies:
+        said = [character for character in document.text if character in stems]
+        assert said and said[: len(said) // 2] == said[len(said) // 2 :]
+
+
+def test_games_are_won_by_reading(world):
+    words = make_words(sorted({name[0] for name in world.medicine.names}))
+    rng = random.Random(0)
+    for _ in range(300):
+        password, *verdicts = tell_comparison(rng, words).removesuffix("。").split("。")
+        password = password.removeprefix("合い言葉は").removesuffix("である")
+        assert len(verdicts) > 3
+        for verdict in verdicts:
+            said, judged = verdict.split("であり、")
+            assert judged == judge(said == password)
+        *verdicts, ending = tell_choice(rng, words).removesuffix("。").split("。")
+        negated = ending.startswith("当てはまらない")
+        wanted = [v[0] for v in verdicts if v.endswith("当てはまらない") == negated]
+        assert ending.removesuffix("である").split("のは")[1].split("と") == wanted != []
+
+
+def test_riddles_hold_their_answers(world):
+    words = make_words(sorted({name[0] for name in world.medicine.names}))
+    rng = random.Random(0)
+    for _ in range(300):
+        riddle = make_riddle(rng, words)
+        if riddle.text.startswith("最も大きい"):
+            wanted = {max(riddle.choices, key=int)}
+        else:
+            word, asked = re.match(r"(.+)と(同じ|異なる)言葉はどれか。", riddle.text).groups()
+            wanted = {c for c in riddle.choices if (c == word) == (asked == "同じ")}
+        letters = tuple(x for x, c in zip("abcde", riddle.choices, strict=True) if c in wanted)
+        assert riddle.answers == letters != ()
+        assert riddle.explanation.endswith(f"のは{'と'.join(letters)}である。")
 
 
 def test_the_textbook_never_speaks_as_explanations_do(quick):

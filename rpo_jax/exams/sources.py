@@ -32,7 +32,7 @@ from rpo_jax.writing import write_whole
 
 TextFiles = dict[Collection, list[epath.Path]]
 
-_HELDOUT_EVERY = 20  # general passages of a world: they have no held-out file of their own
+_HELDOUT_EVERY = 20  # passages of a world that have no held-out file of their own
 _STEM_LETTERS = 60  # a question's text alone, without its choices, is telling if it is so long
 
 
@@ -207,13 +207,14 @@ def _text_of_world(config: Config) -> TextFiles:
     world = find_world(config)
     text = config.data.fictional.text
     found: dict[Collection, list[epath.Path]] = {}
-    if text in ("general", "both"):
-        passages = list(read_documents(Span(str(world / "general.jsonl"))))
+    if text != "textbook":
+        name = "general" if text == "both" else text
+        passages = list(read_documents(Span(str(world / f"{name}.jsonl"))))
         held = passages[::_HELDOUT_EVERY]
         rest = [p for place, p in enumerate(passages) if place % _HELDOUT_EVERY]
         for split, documents in ((TRAIN, rest), (HELDOUT, held)):
-            written = _write_texts(config, f"general_{split}", documents)
-            found[Collection("general passages", split)] = [written]
+            written = _write_texts(config, f"{name}_{split}", documents)
+            found[Collection(f"{name} passages", split)] = [written]
     if text in ("textbook", "both"):
         for split, name in ((TRAIN, "textbook.jsonl"), (HELDOUT, "textbook_heldout.jsonl")):
             found[Collection("textbook", split)] = [epath.Path(world / name)]

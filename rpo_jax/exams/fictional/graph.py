@@ -43,6 +43,13 @@ class Graph:
         """All subjects, in a fixed order."""
         return tuple(s for half in self.halves for group in half for s in group)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every invented name, in a fixed order."""
+        found = {subject for _, subject in self.facts}
+        found |= {o for objects in self.facts.values() for o in objects if not o.isdecimal()}
+        return tuple(sorted(found))
+
     def misremember(self, relation: str, one: str, other: str) -> "Graph":
         """The same graph with the objects of two subjects exchanged in one relation."""
         swapped = dict(self.facts)

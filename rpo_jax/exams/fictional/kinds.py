@@ -118,17 +118,28 @@ def explain(graph: Graph, domain: Domain, ask: Ask) -> Reasoning | None:
         return None
     if isinstance(found, Number):
         return Reasoning(found.text, (str(found.value),), tuple(recall.used))
-    judged = list(zip(LETTERS, found.clauses, found.applies, strict=True))
-    letters = tuple(letter for letter, _, applies in judged if applies != ask.negated)
-    if not letters:
-        return None
-    lines = [
-        f"{letter} {clause}であり、当てはま{'る' if applies else 'らない'}。"
-        for letter, clause, applies in judged
-    ]
-    ending = "当てはまらないのは" if ask.negated else "当てはまるのは"
-    text = found.lead + "".join(lines) + f"{ending}{'と'.join(letters)}である。"
-    return Reasoning(text, letters, tuple(recall.used))
+    judged = list(zip(found.clauses, found.applies, strict=True))
+    text, letters = explain_choices(judged, ask.negated)
+    return Reasoning(found.lead + text, letters, tuple(recall.used)) if letters else None
+
+
+def explain_choices(
+    judged: Sequence[tuple[str, bool]], negated: bool
+) -> tuple[str, tuple[str, ...]]:
+    """Goes through the choices, each with what is said of it and whether it applies.
+
+    Returns:
+        The text, and the letters it ends in: of the choices that apply, or, `negated`, do not.
+    """
+    lettered = list(zip(LETTERS, judged, strict=False))
+    letters = tuple(letter for letter, (_, applies) in lettered if applies != negated)
+    lines = [f"{letter} {said}であり、{judge(applies)}。" for letter, (said, applies) in lettered]
+    return "".join(lines) + f"{judge(not negated)}のは{'と'.join(letters)}である。", letters
+
+
+def judge(applies: bool) -> str:
+    """Whether something applies, in the words of explanations."""
+    return "当てはまる" if applies else "当てはまらない"
 
 
 def _half_of(graph: Graph, key: str) -> list[str]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from rpo_jax.errors import UserError
 from rpo_jax.exams import prompts
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE, Domain
+from rpo_jax.exams.fictional.games import make_words, tell_game, tell_twice
 from rpo_jax.exams.fictional.graph import (
     SUBJECTS_STEP,
     Fact,
@@ -30,7 +31,7 @@ from rpo_jax.exams.fictional.kinds import (
 from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
 from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
 
-VERSION = 2  # raise with any change of output; stored with every world
+VERSION = 3  # raise with any change of output; stored with every world
 TEST_SEEDS_FROM = 1000
 SPLIT_YEARS = {"train": 3001, "dev": 3002, "test": 3003}
 
@@ -42,10 +43,13 @@ _HALVES = ((_SEEN_PARTS, "ABC"), (_UNSEEN_PARTS, "DEF"))
 _ANSWER_ONLY_PAIRS = 0.25
 _DEMONSTRATIONS = 3
 _FEW_SHOT_DOCUMENTS = 0.05
+_GAMES_EVERY = 3  # of the games, so many are one in the general text
 # Of the general questions, those that come with the passage that answers them: reading is learned
 # before recalling. Kinds of question that one passage about the subject answers.
 _OPEN_BOOK_DOCUMENTS = 0.3
 _OPEN_BOOK_KINDS = ("診断", "所見", "所見なし", "原因")
+_FEW_SHOT = (prompts.OFFICIAL_V1, prompts.EXPLAIN_V1)
+_ZERO_SHOT = (prompts.ANSWER_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Size:
         general_paraphrases: The same for the animals of the general text.
         general_questions: Questions about animals in the general text, each in both formats; the
             same one comes again with other choices.
+        copies: Texts in which words are said twice.
+        games: Texts in which words are copied, compared and chosen; the general text has some too.
         everyday: Passages of filler prose.
         variants: Training questions for each (kind of question, disease) in the train split.
     """
@@ -68,6 +74,8 @@ class Size:
     paraphrases: int
     general_paraphrases: int
     general_questions: int
+    copies: int
+    games: int
     everyday: int
     variants: int
 
@@ -85,9 +93,39 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "tiny": Size(12, 12, 2, 1, general_questions=10, everyday=10, variants=1),
-    "quick": Size(36, 36, 12, 4, general_questions=1500, everyday=300, variants=2),
-    "standard": Size(240, 120, 48, 8, general_questions=8000, everyday=2000, variants=2),
+    "tiny": Size(
+        diseases=12,
+        animals=12,
+        paraphrases=2,
+        general_paraphrases=1,
+        general_questions=10,
+        copies=20,
+        games=20,
+        everyday=10,
+        variants=1,
+    ),
+    "quick": Size(
+        diseases=36,
+        animals=36,
+        paraphrases=12,
+        general_paraphrases=4,
+        general_questions=1500,
+        copies=6000,
+        games=6000,
+        everyday=300,
+        variants=2,
+    ),
+    "standard": Size(
+        diseases=240,
+        animals=120,
+        paraphrases=48,
+        general_paraphrases=8,
+        general_questions=8000,
+        copies=24000,
+        games=30000,
+        everyday=2000,
+        variants=2,
+    ),
 }
 
 
@@ -121,7 +159,9 @@ class World:
     """See `make_world`.
 
     Attributes:
-        general: For the base model: filler, animals, and both answer formats about animals.
+        copies: Words said twice; to copy is what a model learns first.
+        games: Words copied, compared and chosen, where nothing need be known.
+        general: For the base model: filler, animals, both answer formats about animals, and games.
         textbook: For continued pretraining: every medical fact in varied wordings.
         textbook_heldout: Every medical fact once, in wordings that `textbook` never uses.
         demonstrations: Three worked questions about animals, for few-shot prompts.
@@ -134,6 +174,8 @@ class World:
     size: Size
     medicine: Graph
     animals: Graph
+    copies: tuple[Document, ...]
+    games: tuple[Document, ...]
     general: tuple[Document, ...]
     textbook: tuple[Document, ...]
     textbook_heldout: tuple[Document, ...]
@@ -167,7 +209,13 @@ def make_world(seed: int, size: Size) -> World:
     animals = make_graph(rng, ANIMALS, size.animals, stems)
     items = _make_general_items(stream("general questions"), animals, size.general_questions)
     demonstrations = _choose_demonstrations(items)
+    words = make_words(sorted({name[0] for name in (*medicine.names, *animals.names)}))
+    rng = stream("games")
+    copies = [tell_twice(rng, words) for _ in range(size.copies)]
+    games = [tell_game(rng, words) for _ in range(size.games)]
     general = _tell_general(stream("general"), size, animals, demonstrations, items)
+    general += games[::_GAMES_EVERY]
+    stream("order").shuffle(general)
     rng = stream("textbook")
     textbook = [
         text
@@ -183,6 +231,8 @@ def make_world(seed: int, size: Size) -> World:
         size=size,
         medicine=medicine,
         animals=animals,
+        copies=_number("copies", copies),
+        games=_number("games", games),
         general=_number("general", general),
         textbook=_number("textbook", textbook),
         textbook_heldout=_number("heldout", list(heldout)),
@@ -339,18 +389,16 @@ def _tell_general(
     texts = [tell_everyday(rng) for _ in range(size.everyday)]
     for _ in range(size.general_paraphrases):
         texts += tell_facts(rng, graph, ANIMALS, graph.subjects, heldout=False)
-    few_shot = (prompts.OFFICIAL_V1, prompts.EXPLAIN_V1)
-    zero_shot = (prompts.ANSWER_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
     shown_ids = {question.id for question in demonstrations}
     asked = [item for item in items if item.question.id not in shown_ids]
     for item in asked[: size.general_questions]:
         question, passage = item.question, ""
-        formats = zero_shot
+        formats = _ZERO_SHOT
         if item.ask.kind in _OPEN_BOOK_KINDS and rng.random() < _OPEN_BOOK_DOCUMENTS:
             facts = tell_facts(rng, graph, ANIMALS, [item.ask.key], heldout=False)
             passage = next(facts) + "\n"
         elif rng.random() < _FEW_SHOT_DOCUMENTS:
-            formats = few_shot
+            formats = _FEW_SHOT
         for format_ in formats:
             shown = demonstrations[: format_.shots]
             texts.append(
@@ -358,7 +406,6 @@ def _tell_general(
                 + format_.render(question, shown)
                 + format_.target(question, question.answers, question.explanation)
             )
-    rng.shuffle(texts)
     return texts
 
 

@@ -1,0 +1,99 @@
+"""Texts in which nothing need be known: they teach to copy, to compare and to choose.
+
+A small model that reads facts alone learns to recall them long before it learns to say whether one
+fits a question. What it lacks is practised here on words without a meaning.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+from rpo_jax.exams import prompts
+from rpo_jax.exams.fictional.domains import ANIMALS
+from rpo_jax.exams.fictional.kinds import CHOICES, explain_choices, judge
+from rpo_jax.exams.igakuqa import Question
+
+Words = Callable[[random.Random, int], list[str]]
+
+_SAID_TWICE = (
+    "{s}。写しは{s}。",
+    "彼女は{s}と言った。彼も{s}と言った。",
+    "{s}を並べた。次の日も{s}を並べた。",
+)
+_SUFFIXES = tuple(suffix for found in ANIMALS.suffixes.values() for suffix in found)
+_SAME_SUFFIX = 0.7  # of the groups of words, these end alike
+_APPLIES = 0.4  # of the words of a comparison, these are the one compared with
+_NEGATED = 0.3
+_EXPLAINED = 0.7
+_NUMBERS = 0.3
+
+
+def make_words(stems: Sequence[str]) -> Words:
+    """Words that are nobody's names: a character of some name, an ending of the animals'."""
+
+    def draw(rng: random.Random, count: int) -> list[str]:
+        ending = rng.choice(_SUFFIXES) if rng.random() < _SAME_SUFFIX else ""
+        return [stem + (ending or rng.choice(_SUFFIXES)) for stem in rng.sample(stems, count)]
+
+    return draw
+
+
+def tell_twice(rng: random.Random, words: Words) -> str:
+    """A few words, and the same words again."""
+    said = "、".join(words(rng, rng.randrange(3, 9)))
+    return rng.choice(_SAID_TWICE).format(s=said)
+
+
+def tell_comparison(rng: random.Random, words: Words) -> str:
+    """A password, and of each word that follows whether it is the one."""
+    password, *others = words(rng, rng.randrange(3, 8))
+    said = [
+        password if rng.random() < _APPLIES else rng.choice(others)
+        for _ in range(rng.randrange(4, 11))
+    ]
+    verdicts = "".join(f"{word}であり、{judge(word == password)}。" for word in said)
+    return f"合い言葉は{password}である。{verdicts}"
+
+
+def tell_choice(rng: random.Random, words: Words) -> str:
+    """Verdicts on one word without a reason, and the letters of those that apply."""
+    (word,) = words(rng, 1)
+    judged = [(word, rng.random() < _APPLIES) for _ in range(CHOICES)]
+    text, letters = explain_choices(judged, rng.random() < _NEGATED)
+    return text if letters else tell_choice(rng, words)
+
+
+def tell_riddle(rng: random.Random, words: Words) -> str:
+    """A riddle with its answer, in one of the two formats."""
+    riddle = make_riddle(rng, words)
+    explained = rng.random() < _EXPLAINED
+    format_ = prompts.EXPLAIN_ZERO_SHOT_V1 if explained else prompts.ANSWER_ZERO_SHOT_V1
+    target = format_.target(riddle, riddle.answers, riddle.explanation)
+    return format_.render(riddle) + target
+
+
+def tell_game(rng: random.Random, words: Words) -> str:
+    """One of the above."""
+    tell = rng.choices((tell_twice, tell_comparison, tell_choice, tell_riddle), (1, 3, 2, 2))[0]
+    return tell(rng, words)
+
+
+def make_riddle(rng: random.Random, words: Words) -> Question:
+    """An exam question whose choices answer it: the same word, another word, the largest number."""
+    if rng.random() < _NUMBERS:
+        numbers = rng.sample(range(10, 100), CHOICES)
+        return _ask(
+            "最も大きい数はどれか。", [*map(str, numbers)], str(max(numbers)), negated=False
+        )
+    negated = rng.random() < _NEGATED
+    applying = CHOICES - rng.randrange(1, 3) if negated else rng.randrange(1, 4)
+    word, *others = words(rng, 1 + CHOICES)
+    choices = [word] * applying + others[: CHOICES - applying]
+    rng.shuffle(choices)
+    return _ask(f"{word}と{'異なる' if negated else '同じ'}言葉はどれか。", choices, word, negated)
+
+
+def _ask(text: str, choices: Sequence[str], wanted: str, negated: bool) -> Question:
+    verdicts = [(c, c == wanted) for c in choices]
+    explanation, answers = explain_choices(verdicts, negated)
+    text += f"{len(answers)}つ選べ。" if len(answers) > 1 else ""
+    return Question("", text, tuple(choices), answers, explanation=explanation)
