@@ -105,8 +105,6 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
                 f"({', '.join(before) or 'there is none'})"
             )
         before.append(name)
-    if stray := [name for name in shared.study.unexamined if name not in arms]:
-        raise UserError(f"study.unexamined: {', '.join(stray)} is none of {', '.join(arms)}")
     if shared.study.start in shared.study.unexamined:
         raise UserError(f"study.unexamined: {shared.study.start} is the arm compared with")
     once = _list_origins(arms, shared.study.start)

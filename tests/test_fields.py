@@ -66,6 +66,7 @@ ELSEWHERE = {
     "study.worlds": ("test_study.py", "--config.study.worlds=(3,1000)"),
     "study.seeds": ("test_study.py", "--config.study.seeds=(0,7)"),
     "study.start": ("test_study.py", "--config.study.start=rpo"),
+    "study.unexamined": ("test_study.py", "--config.study.unexamined=('cpt',)"),
 }
 
 

@@ -34,11 +34,12 @@ get_config = run_path({study!r})["get_config"]
 def arms():
     text = {{"stage": "cpt", "data.source": "fictional", "train.steps": 3}}
     text |= {{"optim.learning_rate": 1e-4}}
-    yield "base", {{
+    yield "copying", {{
         "stage": "cpt", "init_from": "", "model.shape": "{shape}", "data.source": "files",
         "data.train": ("{train}",), "data.heldout": ("{held}",), "data.corpus.drop_copies": False,
         "train.steps": 80, "optim.learning_rate": 1e-2,
     }}
+    yield "base", {{**text, "init_from": "copying", "data.fictional.text": "general"}}
     yield "cpt", {{**text, "init_from": "base"}}
     yield "dpo", {{"train.steps": 12, "rpo.alpha": 0.0}}
     yield "rpo", {{"train.steps": 12}}
@@ -90,7 +91,16 @@ def test_the_committed_study_has_the_arms_of_the_paper():
         shared, runs = study.read_study(f"{STUDY}{form}", [])
         assert len(shared.study.seeds) == seeds
         arms = {run.arm: run.config for run in runs}
-        assert list(arms) == ["base", "cpt", "cpt-sft", "cpt-dpo", "cpt-rpo", "base-rpo"]
+        assert list(arms) == [
+            "copying",
+            "games",
+            "base",
+            "cpt",
+            "cpt-sft",
+            "cpt-dpo",
+            "cpt-rpo",
+            "base-rpo",
+        ]
         assert arms["cpt-sft"].rpo.preference == "none" and arms["cpt-sft"].rpo.alpha == 1
         assert arms["cpt-dpo"].rpo.preference == "dpo" and arms["cpt-dpo"].rpo.alpha == 0
         assert arms["cpt-rpo"].rpo.preference == "dpo" and arms["cpt-rpo"].rpo.alpha == 1
@@ -99,6 +109,23 @@ def test_the_committed_study_has_the_arms_of_the_paper():
         assert len({one.init_from for one in last[:3]}) == 1
         assert last[3].init_from == arms["base"].name
     assert all(world >= 1000 for world in shared.study.worlds)
+
+
+def test_what_the_start_comes_from_is_trained_once(tmp_path):
+    body = ARMS.replace(
+        '    yield "cpt"', '    yield "more", {"init_from": "base"}\n    yield "cpt"'
+    )
+    body = body.replace('"cpt", {"init_from": "base"}', '"cpt", {"init_from": "more"}')
+    _, runs = read(tmp_path, body, "--config.study.seeds=(0,7)", "--config.name=s")
+    assert [run.config.name.removeprefix("s-world0-") for run in runs] == [
+        *("base", "more", "cpt-seed0", "dpo-seed0", "cpt-seed7", "dpo-seed7")
+    ]
+    assert runs[4].config.init_from == "s-world0-more"
+
+
+def test_the_arm_compared_with_takes_the_exam(tmp_path):
+    with pytest.raises(UserError, match=r"study\.unexamined: cpt is the arm compared with"):
+        read(tmp_path, ARMS, "--config.study.unexamined=('cpt',)")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +282,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     compared = json.loads((folder / "study.json").read_text())["arms"]
     assert [row["arm"] for row in results] == list(compared)
+    assert list(compared) == ["base", "cpt", "dpo", "rpo", "base-rpo"]
     table = csv.DictReader((folder / "results.csv").read_text().splitlines())
     assert [row["arm"] for row in table] == list(compared)
     assert all(one["questions"] == 12 for one in compared.values())
