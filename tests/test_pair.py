@@ -28,6 +28,7 @@ def make_config(workdir, **changes):
     config.workdir = str(workdir)
     config.train.steps, config.train.batch_rows = 4, 8
     config.data.source, config.data.fictional.size = "candidates", "tiny"
+    config.data.fictional.seed = 1  # in which questions are not all alike
     config.data.sample.answers, config.data.sample.shots = 0, 0
     config.data.sample.modes = ("answer_only", "explain_first")
     config.data.sample.files = (f"{workdir}/answers.jsonl",)
@@ -250,6 +251,7 @@ def get_config(arg=""):
     config.workdir = {str(workdir)!r}
     config.train.steps, config.train.batch_rows = 4, 8
     config.data.source, config.data.fictional.size = "candidates", "tiny"
+    config.data.fictional.seed = 1  # in which questions are not all alike
     config.data.sample.answers, config.data.sample.shots = 0, 0
     config.data.sample.files = ({str(workdir / "answers.jsonl")!r},)
     config.data.sample.modes = ("answer_only", "explain_first")
