@@ -366,7 +366,7 @@ TABLES = [
             "data.pair.max_similarity": 0.3,
             "data.pair.max_letter_ratio": 1.0,
             "data.pair.heldout_share": 0.5,
-            "data.pair.leak_share": 0.3,
+            "data.pair.leak_share": 0.6,
         },
     ),
     (look_at_pairs, {**CANDIDATES, "workdir": "anew"}, {"data.pair.max_left_out_share": 0.0}),
