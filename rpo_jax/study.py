@@ -9,10 +9,11 @@ yields a name and dotted overrides an arm. `init_from` names the arm that anothe
         yield "dpo", {"init_from": "cpt", "rpo.alpha": 0.0}
 
 In each world of `study.worlds` and with each seed of `study.seeds` every arm is a run of its own,
-`runs/<name>-world0-dpo-seed0`; one from random weights is trained once a world. Pairs are made of
-answers that the arm's start gives, so arms with one start train on the same. Then every run answers
-the test questions of its world, at once and after explaining, as `exam` says. Finished runs and
-answers are kept, whatever was stopped goes on. Tables (JSON, CSV) and figures go to `runs/<name>/`.
+`runs/<name>-world0-dpo-seed0`; what `study.start` comes from is trained once a world. Pairs are
+made of answers that the arm's start gives, so arms with one start train on the same. Then every
+run, but those of `study.unexamined`, answers the test questions of its world, at once and after
+explaining, as `exam` says. Finished runs and answers are kept, whatever was stopped goes on. Tables
+(JSON, CSV) and figures go to `runs/<name>/`.
 """
 
 import logging

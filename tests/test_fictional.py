@@ -98,7 +98,8 @@ def test_bytes_of_the_tiny_world_are_pinned(tmp_path):
 def test_names_are_of_characters_that_no_wording_has(world):
     named = {name[0] for graph in (world.medicine, world.animals) for name in names_of(graph)}
     assert named <= set(coin_stems(random.Random(0)))
-    texts = (*world.copies, *world.general, *world.textbook, *world.textbook_heldout)
+    passages = (*world.copies, *world.games, *world.general)
+    texts = (*passages, *world.textbook, *world.textbook_heldout)
     unnamed = "".join(d.text for d in texts)
     for name in named:
         unnamed = unnamed.replace(name, "")

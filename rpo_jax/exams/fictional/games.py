@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from rpo_jax.exams import prompts
 from rpo_jax.exams.fictional.domains import ANIMALS
-from rpo_jax.exams.fictional.kinds import CHOICES, explain_choices, judge
+from rpo_jax.exams.fictional.kinds import CHOICES, ask_for, explain_choices, judge
 from rpo_jax.exams.igakuqa import Question
 
 Words = Callable[[random.Random, int], list[str]]
@@ -22,9 +22,9 @@ _SAID_TWICE = (
 _SUFFIXES = tuple(suffix for found in ANIMALS.suffixes.values() for suffix in found)
 _SAME_SUFFIX = 0.7  # of the groups of words, these end alike
 _APPLIES = 0.4  # of the words of a comparison, these are the one compared with
-_NEGATED = 0.3
-_EXPLAINED = 0.7
-_NUMBERS = 0.3
+_NEGATED = 0.3  # of the questions, these ask for what does not apply
+_EXPLAINED = 0.7  # of the riddles, these are told with an explanation
+_NUMBERS = 0.3  # of the riddles, these are about numbers
 
 
 def make_words(stems: Sequence[str]) -> Words:
@@ -95,5 +95,5 @@ def make_riddle(rng: random.Random, words: Words) -> Question:
 def _ask(text: str, choices: Sequence[str], wanted: str, negated: bool) -> Question:
     verdicts = [(c, c == wanted) for c in choices]
     explanation, answers = explain_choices(verdicts, negated)
-    text += f"{len(answers)}つ選べ。" if len(answers) > 1 else ""
+    text += ask_for(len(answers))
     return Question("", text, tuple(choices), answers, explanation=explanation)

@@ -142,6 +142,11 @@ def judge(applies: bool) -> str:
     return "当てはまる" if applies else "当てはまらない"
 
 
+def ask_for(letters: int) -> str:
+    """What a question's text ends with if it wants several letters."""
+    return f"{letters}つ選べ。" if letters > 1 else ""
+
+
 def _half_of(graph: Graph, key: str) -> list[str]:
     half = next(h for h in graph.halves if graph.alike[key] in h)
     return [s for group in half for s in group]
@@ -166,7 +171,7 @@ def _make(
 ) -> Ask:
     """Shuffles (choice, source) pairs into an Ask that wants `wanted` letters."""
     shuffled = rng.sample(list(pairs), len(pairs))
-    text += f"{wanted}つ選べ。" if wanted > 1 else ""
+    text += ask_for(wanted)
     choices, sources = zip(*shuffled, strict=True)
     return Ask(kind, key, text, choices, sources, tuple(given), negated)
 
