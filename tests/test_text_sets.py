@@ -27,6 +27,8 @@ from rpo_jax.data.textplan import make_plan
 from rpo_jax.data.tokenizer import read_tokenizer, train_sentencepiece
 from rpo_jax.errors import UserError
 
+# What DirectRunner runs on here, without asking the network for another one first.
+RUNNER = ["--runner=FnApiRunner"]
 QUESTION = "架空の病に倒れた患者に最初に与える薬はどれか、次の中から一つ選びなさい。"
 LETTERS = [chr(code) for code in range(0x3042, 0x3082)] + list("病薬痛熱、。")
 
@@ -214,7 +216,7 @@ def test_beam_makes_the_same_bytes(made, corpus, tokenizer, tmp_path):
     pytest.importorskip("apache_beam", reason="wants the `beam` extra")
     from rpo_jax.data.beam import make_sets_with_beam
 
-    found = make_sets_with_beam(plan_of(corpus, tokenizer), tmp_path, ["--runner=DirectRunner"])
+    found = make_sets_with_beam(plan_of(corpus, tokenizer), tmp_path, RUNNER)
     assert read_bytes(found) == read_bytes(made)
     assert sorted(tmp_path.iterdir()) == sorted(found.values())
 
@@ -319,11 +321,11 @@ def test_beam_complains_alike(clashing, tokenizer, tmp_path):
     from rpo_jax.data.beam import make_sets_with_beam
 
     with pytest.raises(UserError, match=name_both(clashing)):
-        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "1", ["--runner=DirectRunner"])
+        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "1", RUNNER)
     with (clashing / "general.jsonl").open("a") as file:
         file.write('{"text": \n')
     with pytest.raises(UserError, match=r"general\.jsonl:205: not a JSON object \(.*\)$"):
-        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "2", ["--runner=DirectRunner"])
+        make_sets_with_beam(plan_of(clashing, tokenizer), tmp_path / "2", RUNNER)
 
 
 def keep_unfinished(remove):
