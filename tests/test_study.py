@@ -34,11 +34,12 @@ get_config = run_path({study!r})["get_config"]
 def arms():
     text = {{"stage": "cpt", "data.source": "fictional", "train.steps": 3}}
     text |= {{"optim.learning_rate": 1e-4}}
-    yield "base", {{
+    yield "copying", {{
         "stage": "cpt", "init_from": "", "model.shape": "{shape}", "data.source": "files",
         "data.train": ("{train}",), "data.heldout": ("{held}",), "data.corpus.drop_copies": False,
         "train.steps": 80, "optim.learning_rate": 1e-2,
     }}
+    yield "base", {{**text, "init_from": "copying", "data.fictional.text": "general"}}
     yield "cpt", {{**text, "init_from": "base"}}
     yield "dpo", {{"train.steps": 12, "rpo.alpha": 0.0}}
     yield "rpo", {{"train.steps": 12}}
