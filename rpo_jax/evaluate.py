@@ -54,7 +54,6 @@ from rpo_jax.exams.scoring import mark_all, score
 from rpo_jax.exams.tables import format_report, format_score
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.prepare import prepare
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.train import build
 from rpo_jax.training.evaluation import find_references, make_evaluate, measure_divergence
 from rpo_jax.training.measures import format_measures
@@ -340,6 +339,5 @@ def _mesh(text: str) -> MeshConfig:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     with cli.exit_on_error():
         main(sys.argv[1:])

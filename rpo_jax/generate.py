@@ -27,7 +27,6 @@ from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.generation.requests import Completion, Request, Settings, check_settings
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.training.opening import Opened, open_model, take_apart
 from rpo_jax.writing import write_json
 
@@ -206,5 +205,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     main()

@@ -21,7 +21,6 @@ from rpo_jax.pair import PAIRS_NOTE, make_pairs
 from rpo_jax.pair import describe as describe_pairs
 from rpo_jax.sample import describe as describe_answers
 from rpo_jax.sample import draw, gather
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.measures import explain_measure
 from rpo_jax.writing import write_json
@@ -98,7 +97,6 @@ def format_rounds(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     cli.run(
         main,
         examples=(

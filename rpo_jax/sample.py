@@ -37,7 +37,6 @@ from rpo_jax.exams.candidates import (
 )
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.split import Split, split_exam
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.training.checkpoint import find_step, open_existing
 from rpo_jax.training.opening import open_model, take_apart
 from rpo_jax.training.origin import fingerprint_checkpoint
@@ -242,7 +241,6 @@ def _check_source(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     cli.run(
         main,
         options={"share": "part of the work that this host does: 0/4, 1/4, ...; default: all"},

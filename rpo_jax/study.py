@@ -37,7 +37,6 @@ from rpo_jax.exams.fictional import is_test_world
 from rpo_jax.exams.report import mark_sitting
 from rpo_jax.exams.tables import format_table
 from rpo_jax.iterate import run_round
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
@@ -324,6 +323,5 @@ def _parse(argv: list[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     with cli.exit_on_error():
         main(sys.argv[1:])

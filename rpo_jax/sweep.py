@@ -35,7 +35,6 @@ from rpo_jax.config import Config, to_dict
 from rpo_jax.errors import UserError
 from rpo_jax.exams.tables import format_table
 from rpo_jax.model.qwen2 import Params
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.train import build, format_summary, open_inputs, summarise, train
 from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
@@ -261,6 +260,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     with cli.exit_on_error():
         main(sys.argv[1:])

@@ -19,7 +19,6 @@ from rpo_jax.examine import make_dev_looks
 from rpo_jax.inputs import format_inputs, list_inputs
 from rpo_jax.model.qwen2 import Params, make_network
 from rpo_jax.prepare import Prepared, load_tokenizer, prepare
-from rpo_jax.sharding.allocator import keep_buffers
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import find_best, open_checkpoints, restore_state
@@ -272,7 +271,6 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    keep_buffers()
     cli.run(
         main,
         options=OPTIONS,

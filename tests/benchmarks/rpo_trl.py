@@ -195,14 +195,12 @@ def run_ours(workload: str, steps: int, settings: dict[str, Any]) -> dict[str, A
     import jax
     import jax.numpy as jnp
 
-    from rpo_jax.sharding.allocator import keep_buffers
     from rpo_jax.training.evaluation import put_batch
     from rpo_jax.training.metrics import count_flops
     from rpo_jax.training.optim import make_optimizer
     from rpo_jax.training.state import abstract_state, make_params, split_params, start_from
     from rpo_jax.training.step import make_score, make_step
 
-    keep_buffers()
     matrix = jnp.ones((3000, 3000))
     product = jax.jit(jnp.matmul)
     rate = measure_rate(lambda: product(matrix, matrix).block_until_ready(), 2 * 3000**3)
@@ -395,7 +393,7 @@ def describe_run() -> dict[str, Any]:
         "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": {name: version(name) for name in ("jax", "torch", "transformers", "trl")},
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_"))},
         "seeds": [0],
     }
 
