@@ -44,6 +44,14 @@ class PromptFormat:
         lines += [self._ask(d) + self._answer_as_gold(d) for d in demonstrations]
         return "\n".join([*lines, self._ask(question)])
 
+    def render_worked(self, question: Question, demonstrations: Sequence[Question] = ()) -> str:
+        """The prompt and its right answer, as one text to learn from.
+
+        Raises:
+            ValueError: As `render` and `target`.
+        """
+        return self.render(question, demonstrations) + self._answer_as_gold(question)
+
     def messages(
         self, question: Question, demonstrations: Sequence[Question] = ()
     ) -> list[dict[str, str]]:

@@ -225,8 +225,7 @@ def _tell_exam(config: Config, years: Sequence[int]) -> epath.Path:
     """Questions with their answers, as texts to read."""
     documents = []
     for question in igakuqa.read_questions(find_exam_folder(config), years):
-        answer = ANSWER_ZERO_SHOT_V1.target(question, question.accepted[0])
-        text = ANSWER_ZERO_SHOT_V1.render(question) + answer
+        text = ANSWER_ZERO_SHOT_V1.render_worked(question)
         documents.append(Document(question.id, text, question.id))
     name = "_".join(map(str, sorted(set(years))))
     return _write_texts(config, f"igakuqa_{ANSWER_ZERO_SHOT_V1.name}_{name}", documents)

@@ -67,8 +67,7 @@ def tell_riddle(rng: random.Random, words: Words) -> str:
     riddle = make_riddle(rng, words)
     explained = rng.random() < _EXPLAINED
     format_ = prompts.EXPLAIN_ZERO_SHOT_V1 if explained else prompts.ANSWER_ZERO_SHOT_V1
-    target = format_.target(riddle, riddle.answers, riddle.explanation)
-    return format_.render(riddle) + target
+    return format_.render_worked(riddle)
 
 
 def tell_game(rng: random.Random, words: Words) -> str:

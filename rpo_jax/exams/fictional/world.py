@@ -401,11 +401,7 @@ def _tell_general(
             formats = _FEW_SHOT
         for format_ in formats:
             shown = demonstrations[: format_.shots]
-            texts.append(
-                passage
-                + format_.render(question, shown)
-                + format_.target(question, question.answers, question.explanation)
-            )
+            texts.append(passage + format_.render_worked(question, shown))
     return texts
 
 
