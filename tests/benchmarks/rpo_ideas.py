@@ -19,7 +19,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.rpo_trl import describe_run, run_side
+from tests.benchmarks.provenance import describe_run
+from tests.benchmarks.rpo_trl import PACKAGES, run_side
 
 KEPT = {"train": {"loss_chunk": 320, "keep_logits": True}}
 ONE_BY_ONE = {"train": {"loss_chunk": 320, "keep_logits": True, "micro_batches": 4}}
@@ -83,7 +84,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="measured steps a process")
     parser.add_argument("--out", type=Path, required=True, help="where the figures go")
     args = parser.parse_args()
-    result = describe_run() | {"vocabulary_planned_gib": plan_loss(), "ideas": {}}
+    head = describe_run(*PACKAGES)
+    result = head | {"seeds": [0], "vocabulary_planned_gib": plan_loss(), "ideas": {}}
     for name, (workload, without, with_it) in IDEAS.items():
         result["ideas"][name] = {
             "without": measure(workload, args.steps, without),

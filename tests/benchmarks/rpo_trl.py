@@ -18,7 +18,6 @@ float32 products in the same run: of jax alone, and the better one of jax and to
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,16 +26,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+if __name__ == "__main__":  # run as a script, the folder of the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from rpo_jax.config import Config, Data, Model, Train
 from rpo_jax.model.shape import ModelShape, shape_to_hf
+from tests.benchmarks.provenance import REPO, describe_run
 
-REPO = Path(__file__).resolve().parents[2]
+PACKAGES = ("jax", "torch", "transformers", "trl")
 SHAPE = ModelShape(
     vocab_size=151936,
     hidden_size=512,
@@ -383,21 +385,6 @@ def compare(workload: str, steps: int, rounds: int, settings: dict[str, Any]) ->
     }
 
 
-def describe_run() -> dict[str, Any]:
-    """What every stored figure comes with."""
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, cwd=REPO, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": f"{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "trl")},
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_"))},
-        "seeds": [0],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -425,7 +412,7 @@ def main() -> None:
     for workload in args.workload:
         settings = SETTINGS[workload] | args.settings
         found = compare(workload, args.steps, args.rounds, settings)
-        result[workload] = describe_run() | found
+        result[workload] = describe_run(*PACKAGES) | {"seeds": [0]} | found
         print(json.dumps({workload: found}, indent=2))
         if args.out:
             args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -13,24 +13,25 @@ interval. A finished side in DIR is not run again.
 import argparse
 import json
 import os
-import platform
 import resource
 import runpy
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+if __name__ == "__main__":  # run as a script, the folder of the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from rpo_jax.sweep import read_points
 from rpo_jax.training.results import MEASURES, Point, average, collect, list_axes
 from rpo_jax.training.run import read_metrics
 from rpo_jax.writing import write_json
+from tests.benchmarks.provenance import REPO, describe_run
 
-REPO = Path(__file__).resolve().parents[2]
 COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
 SIDES = {"apart": (), "together": ("--together",)}
 FIRST_STEPS = 10
@@ -59,11 +60,11 @@ def run_command(words: list[str]) -> None:
     print(json.dumps(found))
 
 
-def take(workdir: Path, verb: str, *words: str) -> dict[str, Any]:
-    """Runs a command in `workdir`, in a process of its own; its figures."""
+def take(verb: str, *words: str) -> dict[str, Any]:
+    """Runs a command in a process of its own; its figures."""
     command = [sys.executable, str(Path(__file__).resolve()), "--command", verb, *words]
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=workdir, env=env, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -77,17 +78,18 @@ def read_first_steps(point: Point) -> list[dict[str, float]]:
 
 def compare(apart: list[Point], together: list[Point]) -> dict[str, float]:
     """How far the two sides are from one another, at most; see above."""
-    worst = {f"{name}, first steps": 0.0 for name in ("loss", "grad_norm")}
-    for pair in zip(apart, together, strict=True):
-        mine, its = (read_first_steps(point) for point in pair)
-        for name in ("loss", "grad_norm"):
-            apartness = [
-                abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(mine, its, strict=True)
-            ]
-            worst[f"{name}, first steps"] = max(worst[f"{name}, first steps"], *apartness)
-    axes = list_axes(apart)
+    steps = [
+        pair
+        for points in zip(apart, together, strict=True)
+        for pair in zip(*map(read_first_steps, points), strict=True)
+    ]
+    worst = {
+        f"{name}, first steps": max(abs(a[name] - b[name]) / abs(a[name]) for a, b in steps)
+        for name in ("loss", "grad_norm")
+    }
+    axes, results = list_axes(apart), [collect(points) for points in (apart, together)]
     for name in MEASURES:
-        means = [average(collect(points), axes, name).values() for points in (apart, together)]
+        means = [average(rows, axes, name).values() for rows in results]
         worst[f"{name}, in half intervals"] = max(
             abs(one.value - other.value) / one.half if one.half else float(one != other)
             for one, other in zip(*means, strict=True)
@@ -108,23 +110,19 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     os.chdir(args.workdir)
     for stage in ("base", "cpt"):
-        take(Path(), "train", f"--config={REPO}/configs/fictional_{stage}.py")
+        take("train", f"--config={REPO}/configs/fictional_{stage}.py")
     config = f"{REPO}/configs/fictional_sweep.py:{args.grid}"
     sides, points = {}, {}
     for side, words in SIDES.items():
         kept = Path(f"{side}-{args.grid}.json")
         name = f"--config.name={side}-{args.grid}"
         if not kept.exists():
-            write_json(kept, take(Path(), "sweep", f"--config={config}", name, *words))
+            write_json(kept, take("sweep", f"--config={config}", name, *words))
         sides[side] = json.loads(kept.read_text())
         points[side] = read_points(config, [name])
     steps = {side: sides[side]["seconds"] - sides[side]["compiling"] for side in SIDES}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True)
     found = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "jax": version("jax"),
+        **describe_run("jax"),
         "points": len(points["apart"]),
         **sides,
         "times": sides["apart"]["seconds"] / sides["together"]["seconds"],
