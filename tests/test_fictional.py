@@ -26,7 +26,7 @@ from rpo_jax.exams.fictional.kinds import KINDS, explain, fill, judge
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import EXPLAIN_V1, EXPLAIN_ZERO_SHOT_V1, OFFICIAL_V1
 
-TINY_DIGEST = "0e0e82d1ff84dcc36693460ae908994ccaf217f434e48be20688814c0a1c201a"
+TINY_DIGEST = "60a347c40df32db4e94b1d65ffefc25ee0357b9d617f1100077c3767a7d31744"
 
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])
@@ -96,7 +96,8 @@ def test_bytes_of_the_tiny_world_are_pinned(tmp_path):
 
 
 def test_names_are_of_characters_that_no_wording_has(world):
-    named = {name[0] for graph in (world.medicine, world.animals) for name in names_of(graph)}
+    graphs = (world.medicine, world.animals, world.known)
+    named = {name[0] for graph in graphs for name in names_of(graph)}
     assert named <= set(coin_stems(random.Random(0)))
     passages = (*world.copies, *world.games, *world.general)
     texts = (*passages, *world.textbook, *world.textbook_heldout)
@@ -200,14 +201,18 @@ def test_general_text_knows_nothing_of_the_exam(world):
     general += "".join(d.text + "".join(d.choices) for d in world.demonstrations)
     assert not [name for name in names_of(world.medicine) if name in general]
     textbook = "".join(d.text for d in (*world.textbook, *world.textbook_heldout))
-    assert not [name for name in names_of(world.animals) if name in textbook]
-    assert not [n for n in names_of(world.animals) for m in names_of(world.medicine) if n in m]
+    taught = names_of(world.animals) | names_of(world.known)
+    assert not [name for name in taught if name in textbook]
+    assert not [n for n in taught for m in names_of(world.medicine) if n in m]
 
 
 def test_general_text_teaches_both_answer_formats_and_few_shot_layouts(quick):
     texts = [d.text for d in quick.general]
     assert sum(bool(re.search(r"答え:\n[a-e](,[a-e])*$", t)) for t in texts) > 50
     assert sum(bool(re.search(r"考察:.+\n答え: [a-e](,[a-e])*$", t)) for t in texts) > 50
+    asked = [t for t in texts if "問題: " in t]
+    for graph in (quick.animals, quick.known):
+        assert len([t for t in asked if any(s in t for s in graph.subjects)]) > len(asked) / 4
     for format_ in (OFFICIAL_V1, EXPLAIN_V1):
         question = quick.exam["dev"][0].question
         head = format_.render(question, quick.demonstrations).split(question.text)[0]
@@ -321,7 +326,7 @@ def test_pairs_prefer_the_truth_to_one_misremembered_fact(world):
         pairs = world.pairs[split]
         assert len({p.id for p in pairs}) == len(pairs)
         explained = [p for p in pairs if p.id.endswith("-explain")]
-        assert len(explained) > 0.95 * len(questions)
+        assert len(questions) - len(explained) <= max(1, 0.05 * len(questions))
         assert len(explained) < len(pairs) < 2 * len(explained)
         for pair in pairs:
             question = questions[pair.id.split("-")[1]]
@@ -442,7 +447,9 @@ def test_seeds_below_a_thousand_are_for_tuning():
         make_world(-1, SIZES["tiny"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("diseases", 10), ("animals", 0), ("variants", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("diseases", 10), ("animals", 0), ("known", 30), ("variants", 0)]
+)
 def test_impossible_sizes_are_named(field, value):
     with pytest.raises(UserError, match=f"{field} is {value}"):
         dataclasses.replace(SIZES["tiny"], **{field: value})

@@ -1,6 +1,7 @@
-"""The wording of the two domains: fictional medicine (the exam) and fictional animals (general).
+"""The wording of the two domains: fictional medicine and fictional animals.
 
-Both have the same relations, so everything that is not wording is written once. In templates
+The exam is about the medicine alone, and about other diseases than the general text. Both have the
+same relations, so everything that is not wording is written once. In templates
 ``{s}`` is the subject or remedy, ``{o}`` its objects, ``{t}`` and ``{v}`` a gauge and a number.
 Every template names subject and objects in one sentence: that makes a fact checkable in text.
 The statements of the medicine never speak as its clauses do, those of the animals do: to explain,

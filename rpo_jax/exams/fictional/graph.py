@@ -1,7 +1,7 @@
 """The facts of one closed domain: who looks like whom, what treats what, what must not be given.
 
-The same shape serves the fictional medicine and the fictional animals of the general text, so
-that the forms of question and explanation can be learned on facts disjoint from the exam's. A
+The same shape serves the exam's diseases, and the animals and known diseases of the general text,
+so that the forms of question and explanation can be learned on facts disjoint from the exam's. A
 `subject` is a disease (an animal), a `remedy` its drug (its favourite food), and so on.
 """
 

@@ -31,8 +31,10 @@ from rpo_jax.exams.fictional.kinds import (
 from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
 from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
 
-VERSION = 3  # raise with any change of output; stored with every world
+VERSION = 4  # raise with any change of output; stored with every world
 TEST_SEEDS_FROM = 1000
+Taught = Sequence[tuple[Graph, Domain]]  # what the general text tells of
+
 SPLIT_YEARS = {"train": 3001, "dev": 3002, "test": 3003}
 
 # Of the cells (kind, disease) of a half, the parts that go to train, dev and test.
@@ -58,10 +60,11 @@ class Size:
 
     Attributes:
         diseases: A multiple of 12; each has its own drug.
-        animals: A multiple of 12; the subjects of the general text.
+        animals: A multiple of 12; subjects of the general text.
+        known: A multiple of 12; diseases of the general text, each with its own drug.
         paraphrases: Times the textbook tells every fact (twice for the chain to the drug).
-        general_paraphrases: The same for the animals of the general text.
-        general_questions: Questions about animals in the general text, each in both formats; the
+        general_paraphrases: The same for the subjects of the general text.
+        general_questions: Questions about them in the general text, each in both formats; the
             same one comes again with other choices.
         copies: Texts in which words are said twice.
         games: Texts in which words are copied, compared and chosen; the general text has some too.
@@ -71,6 +74,7 @@ class Size:
 
     diseases: int
     animals: int
+    known: int
     paraphrases: int
     general_paraphrases: int
     general_questions: int
@@ -80,7 +84,7 @@ class Size:
     variants: int
 
     def __post_init__(self) -> None:
-        for name in ("diseases", "animals"):
+        for name in ("diseases", "animals", "known"):
             value = getattr(self, name)
             if value < SUBJECTS_STEP or value % SUBJECTS_STEP:
                 raise UserError(
@@ -96,6 +100,7 @@ SIZES: Mapping[str, Size] = {
     "tiny": Size(
         diseases=12,
         animals=12,
+        known=12,
         paraphrases=2,
         general_paraphrases=1,
         general_questions=10,
@@ -106,7 +111,8 @@ SIZES: Mapping[str, Size] = {
     ),
     "quick": Size(
         diseases=36,
-        animals=36,
+        animals=24,
+        known=24,
         paraphrases=12,
         general_paraphrases=4,
         general_questions=1500,
@@ -117,7 +123,8 @@ SIZES: Mapping[str, Size] = {
     ),
     "standard": Size(
         diseases=240,
-        animals=120,
+        animals=60,
+        known=60,
         paraphrases=48,
         general_paraphrases=8,
         general_questions=8000,
@@ -161,10 +168,11 @@ class World:
     Attributes:
         copies: Words said twice; to copy is what a model learns first.
         games: Words copied, compared and chosen, where nothing need be known.
-        general: For the base model: filler, animals, both answer formats about animals, and games.
+        general: For the base model: filler, animals, known diseases, both answer formats about
+            either, and games.
         textbook: For continued pretraining: every medical fact in varied wordings.
         textbook_heldout: Every medical fact once, in wordings that `textbook` never uses.
-        demonstrations: Three worked questions about animals, for few-shot prompts.
+        demonstrations: Three worked questions of the general text, for few-shot prompts.
         exam: Items by split. Sections A-C are about diseases that occur in training questions,
             D-F about the others, so that a score by section shows what training gave away.
         pairs: By split, ``train`` from the train questions and ``heldout`` from the dev ones.
@@ -174,6 +182,7 @@ class World:
     size: Size
     medicine: Graph
     animals: Graph
+    known: Graph
     copies: tuple[Document, ...]
     games: tuple[Document, ...]
     general: tuple[Document, ...]
@@ -207,13 +216,16 @@ def make_world(seed: int, size: Size) -> World:
     stems = coin_stems(rng)
     medicine = make_graph(rng, MEDICINE, size.diseases, stems)
     animals = make_graph(rng, ANIMALS, size.animals, stems)
-    items = _make_general_items(stream("general questions"), animals, size.general_questions)
+    known = make_graph(rng, MEDICINE, size.known, stems)
+    taught = ((animals, ANIMALS), (known, MEDICINE))
+    items = _make_general_items(stream("general questions"), taught, size.general_questions)
     demonstrations = _choose_demonstrations(items)
-    words = make_words(sorted({name[0] for name in (*medicine.names, *animals.names)}))
+    names = (*medicine.names, *animals.names, *known.names)
+    words = make_words(sorted({name[0] for name in names}))
     rng = stream("games")
     copies = [tell_twice(rng, words) for _ in range(size.copies)]
     games = [tell_game(rng, words) for _ in range(size.games)]
-    general = _tell_general(stream("general"), size, animals, demonstrations, items)
+    general = _tell_general(stream("general"), size, taught, demonstrations, items)
     general += games[::_GAMES_EVERY]
     stream("order").shuffle(general)
     rng = stream("textbook")
@@ -231,6 +243,7 @@ def make_world(seed: int, size: Size) -> World:
         size=size,
         medicine=medicine,
         animals=animals,
+        known=known,
         copies=_number("copies", copies),
         games=_number("games", games),
         general=_number("general", general),
@@ -348,15 +361,16 @@ def _number_items(rng: random.Random, items: list[Item], year: int) -> tuple[Ite
     return tuple(numbered)
 
 
-def _make_general_items(rng: random.Random, graph: Graph, count: int) -> list[Item]:
-    """So many questions about animals, and a few more for demonstrations; choices drawn anew."""
+def _make_general_items(rng: random.Random, taught: Taught, count: int) -> list[Item]:
+    """So many general questions, and a few more for demonstrations; choices drawn anew."""
     items: list[Item] = []
     while len(items) < count + _DEMONSTRATIONS:
         items += [
-            _make_item(graph, ANIMALS, ask, kind, "A")
+            _make_item(graph, domain, ask, kind, "A")
+            for graph, domain in taught
             for kind in KINDS.values()
             for key in graph.subjects[:: kind.every]
-            if (ask := kind.ask(rng, graph, ANIMALS, key))
+            if (ask := kind.ask(rng, graph, domain, key))
         ]
     rng.shuffle(items)
     return [
@@ -382,20 +396,22 @@ def _choose_demonstrations(items: Sequence[Item]) -> tuple[Question, ...]:
 def _tell_general(
     rng: random.Random,
     size: Size,
-    graph: Graph,
+    taught: Taught,
     demonstrations: Sequence[Question],
     items: Sequence[Item],
 ) -> list[str]:
     texts = [tell_everyday(rng) for _ in range(size.everyday)]
     for _ in range(size.general_paraphrases):
-        texts += tell_facts(rng, graph, ANIMALS, graph.subjects, heldout=False)
+        for graph, domain in taught:
+            texts += tell_facts(rng, graph, domain, graph.subjects, heldout=False)
     shown_ids = {question.id for question in demonstrations}
     asked = [item for item in items if item.question.id not in shown_ids]
     for item in asked[: size.general_questions]:
         question, passage = item.question, ""
         formats = _ZERO_SHOT
         if item.ask.kind in _OPEN_BOOK_KINDS and rng.random() < _OPEN_BOOK_DOCUMENTS:
-            facts = tell_facts(rng, graph, ANIMALS, [item.ask.key], heldout=False)
+            graph, domain = next(t for t in taught if item.ask.key in t[0].alike)
+            facts = tell_facts(rng, graph, domain, [item.ask.key], heldout=False)
             passage = next(facts) + "\n"
         elif rng.random() < _FEW_SHOT_DOCUMENTS:
             formats = _FEW_SHOT
