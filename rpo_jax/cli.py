@@ -104,6 +104,7 @@ def parse(
             print(explain(about) if about else _help(command, switches, options, examples))
             sys.exit(0)
     _check_flags(argv[1:], {**switches, **options})
+    argv = _keep_last(argv)
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
         "config", lock_config=True, flag_values=values, sys_argv=argv
@@ -247,6 +248,17 @@ def _check_flags(args: list[str], switches: Mapping[str, str]) -> None:
                 raise UserError(f"--config.{field}: there is no such field{_nearest_field(field)}")
         elif name not in ("config", *switches) and name.removeprefix("no") not in switches:
             raise UserError(_explain_flag(arg, ["config", *switches]))
+
+
+def _keep_last(argv: Sequence[str]) -> list[str]:
+    """Of several `--config.field=value` for one field the last: absl adds those of lists up."""
+    settings = [re.match(r"--?(config\.[^=]+)=", arg) for arg in argv]
+    last = {setting[1]: place for place, setting in enumerate(settings) if setting}
+    return [
+        arg
+        for place, (arg, setting) in enumerate(zip(argv, settings, strict=True))
+        if not setting or last[setting[1]] == place
+    ]
 
 
 def _explain_flag(arg: str, known: Sequence[str]) -> str:

@@ -698,6 +698,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"rpo.label_smoothing={rpo.label_smoothing}: only rpo.preference='dpo' knows it"
     if rpo.gamma != Rpo().gamma and rpo.preference != "simpo":
         yield f"rpo.gamma={rpo.gamma}: only rpo.preference='simpo' knows it"
+    if rpo.beta != Rpo().beta and rpo.preference == "none":
+        yield f"rpo.beta={rpo.beta}: rpo.preference='none' has no use for it"
     if rpo.preference == "none" and not rpo.alpha:
         yield "rpo.preference='none' with rpo.alpha=0 leaves no loss"
     lora = config.lora

@@ -29,8 +29,8 @@ from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.tokenizer import FILE_NAMES, read_tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import Network, forward, head_table
-from rpo_jax.model.shape import parse_shape
 from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.training.opening import find_model
 from rpo_jax.training.origin import (
     check_base,
     load_params,
@@ -39,14 +39,20 @@ from rpo_jax.training.origin import (
     store_adapters,
 )
 from rpo_jax.training.state import abstract_weights
-from rpo_jax.weights.adapters import MergedArrays, list_factors, read_peft, write_peft
+from rpo_jax.weights.adapters import CONFIG as ADAPTER_CONFIG
+from rpo_jax.weights.adapters import (
+    MergedArrays,
+    list_factors,
+    read_base_checkpoint,
+    read_peft,
+    write_peft,
+)
 from rpo_jax.weights.card import make_card, make_notice
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
 from rpo_jax.weights.history import History, tell_history
 from rpo_jax.weights.hub import fetch_config, find_source, is_hub_id
 from rpo_jax.weights.importing import Part, import_weights
 from rpo_jax.weights.names import Tensor, list_tensors
-from rpo_jax.weights.shards import read_json
 from rpo_jax.weights.source import open_source
 from rpo_jax.weights.store import DTYPE_NAMES, DTYPES
 from rpo_jax.writing import in_bucket
@@ -59,6 +65,11 @@ def import_command(args: argparse.Namespace) -> None:
     if args.base:
         _import_adapters(epath.Path(args.source), Path(args.base), Path(args.target))
         return
+    if (epath.Path(args.source) / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{args.source}: an adapter saved by PEFT; --base, the model folder that it changes, "
+            "is wanted too"
+        )
     source = find_source(args.source, args.revision, args.target)
     if not any((source.directory / name).exists() for name in FILE_NAMES):
         wanted = " or ".join(FILE_NAMES)
@@ -193,9 +204,17 @@ def open_model(folder: epath.Path, step: int | None) -> Weights:
 
 
 def _import_adapters(source: epath.Path, base: Path, target: Path) -> None:
-    path = base / "model" / "config.json"
-    lora, pairs = read_peft(source, parse_shape(read_json(epath.Path(path)), str(path)))
-    store_adapters(target, base, lora, pairs)
+    lora, pairs = read_peft(source, find_model(base))
+    over = read_base_checkpoint(source)
+    adapters = store_adapters(target, base, lora, pairs)
+    if over and over != adapters.checkpoint:
+        logging.warning(
+            "warning: %s was trained over another checkpoint than step %d of %s; that is well if "
+            "both hold the same weights",
+            source,
+            adapters.step,
+            base,
+        )
     count = sum(leaf.size for leaf in jax.tree.leaves(pairs))
     print(f"{target}: {count:,} parameters of adapters of rank {lora.rank} over {base}")
 
@@ -217,9 +236,11 @@ def _export_adapters(weights: Weights, base: str, args: argparse.Namespace) -> N
             f"--adapter: {folder} trained the rows of {', '.join(adapters.lora.trained_tokens)} "
             "too, which this export does not hold; export it merged, without --adapter"
         )
-    stated = f"adapters of rank {adapters.lora.rank} alone"
+    over = f"step {adapters.step} of {Path(os.path.normpath(adapters.base)).name}"
+    stated = f"adapters of rank {adapters.lora.rank} alone, trained over {over}"
     papers = _write_papers(weights, base, stated, "peft", args)
-    write_peft(args.target, trained["lora"], adapters.lora, weights.shape, base, papers)
+    pairs, checkpoint = trained["lora"], adapters.checkpoint
+    write_peft(args.target, pairs, adapters.lora, weights.shape, base, checkpoint, papers)
     _tell_what_is_wanted(args.target, base)
     print(f"{args.target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
 

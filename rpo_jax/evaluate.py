@@ -235,7 +235,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--checkpoint", metavar="FOLDER", help="a model, by an exam")
     what.add_argument("--score", metavar="FILE", nargs="+", help="answers, .jsonl; globs")
     what.add_argument("--report", metavar="FOLDER", nargs="+", help="sittings that were made")
-    what.add_argument("--step", type=int, help="of its checkpoint; default: the newest")
+    what.add_argument("--step", type=int, help="of --checkpoint; default: its newest")
     exam = parser.add_argument_group("the exam")
     exam.add_argument("--exam", default="igakuqa", help=f"one of {', '.join(list_exams())}")
     exam.add_argument("--exam_dir", default="", metavar="DIR", help="folder of its years")

@@ -150,7 +150,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[str]:
             choices = field.metadata["choices"]
             allowed = f"[{'|'.join(choice or repr('') for choice in choices)}] " if choices else ""
             head = f"  {prefix}{field.name}={_tell_default(field)}"
-            yield _cut(f"{head:<36}  {allowed}{field.metadata['doc']}")
+            yield _cut(f"{head:<36}  {allowed if len(allowed) < 40 else ''}{field.metadata['doc']}")
     for field, kind in _fields(cls):
         if dataclasses.is_dataclass(kind):
             yield from describe(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]

@@ -54,6 +54,9 @@ def test_overrides_and_switches_arrive(path):
         "--config", str(path), "--config.data.igakuqa.train_years=(2019,)", "--nodry_run"
     )
     assert (config.data.igakuqa.train_years, dry_run) == ((2019,), False)
+    again = [f"--config.{field}" for field in ("lora.targets=('q',)", "lora.targets=('v',)")]
+    config, _ = call(f"--config={path}", *again, "--config.train.steps=11", "--dry_run")
+    assert (config.lora.targets, config.train.steps) == (("v",), 11)  # the last one counts
 
 
 @pytest.mark.parametrize(

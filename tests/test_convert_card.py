@@ -41,7 +41,7 @@ def test_the_card_says_whose_it_is_and_what_not_to_do(
 
 def test_a_card_without_a_base_tells_where_it_began() -> None:
     random = make_card("none", "Step 1.", True, History()).decode()
-    assert "Trained from random weights; there is no base model." in random
+    assert "Trained from random weights; no published model is its base." in random
     further = make_card("none", "Step 1.", True, History(), imported=True).decode()
     assert "imported from files" in further and "changed by further training" in further
 

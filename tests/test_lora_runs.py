@@ -129,6 +129,7 @@ def test_what_a_config_cannot_ask_for(tmp_path, capsys):
         ({"lora__targets": "('q','w')"}, "lora.targets: 'w' is none of"),
         ({"init_from": ""}, "adapters need a model to adapt"),
         ({"lora__dropout": 1.0}, "lora.dropout=1.0: must be below 1"),
+        ({"rpo__preference": "none", "rpo__beta": 0.2}, "rpo.beta=0.2: rpo.preference='none'"),
     ):
         assert message in refuse(capsys, CPT, lora_overrides(tmp_path, **fields))
 
@@ -150,7 +151,24 @@ def test_adapters_go_out_merged_or_alone_and_come_in(adapted, tmp_path, capsys):
     for name in ("in", "back"):
         assert relative_difference(wanted, load_params(tmp_path / name, abstract)[1]) < 1e-6, name
 
+    wide = lora_overrides(adapted, name="wide", lora__rank=33)
+    assert "no change of one has a higher rank" in refuse(capsys, CPT, wide)
+
     damaged = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert damaged["base_model_name_or_path"] is None  # no hub id called "none"
+    card = (tmp_path / "peft/README.md").read_text()
+    assert "alone, trained over step 40 of fictional-base" in card
+    over = ["--source", str(tmp_path / "peft"), "--base", str(tmp_path / "in")]
+    convert.main(["import", *over, "--target", str(tmp_path / "other")])
+    assert "was trained over another checkpoint than step 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert.main(["import", *over[:2], "--target", str(tmp_path / "never")])
+    assert "an adapter saved by PEFT; --base" in capsys.readouterr().err
+    (tmp_path / "in").rename(tmp_path / "gone")
+    with pytest.raises(SystemExit):
+        convert.main(["inspect", "--source", str(tmp_path / "other")])
+    told = capsys.readouterr().err
+    assert f"the model that they change is gone: step 0 of {tmp_path / 'in'}" in told
     for key, value, message in (
         ("use_dora", True, "use_dora=True is not supported"),
         ("r", 5, "shape (4, 32), (5, 32) is wanted"),

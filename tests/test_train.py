@@ -406,4 +406,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_records(tmp_path, caps
     arguments = base_overrides(tmp_path, optim__learning_rate=1e30, optim__schedule="constant")
     told = refuse(capsys, BASE, arguments)
     assert "on records [" in told
-    assert "the last checkpoint is whole" in told
+    assert "what is saved is from before it" in told

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from rpo_jax.config import Lora
 from rpo_jax.config import Model as ModelConfig
+from rpo_jax.errors import UserError
 from rpo_jax.model.attention import Attend, make_attend, rope_frequencies, rotate
 from rpo_jax.model.lora import (
     adapt,
@@ -61,7 +62,16 @@ class Network:
 
 
 def make_network(shape: ModelShape, config: ModelConfig, lora: Lora) -> Network:
-    """The network that a config asks for."""
+    """The network that a config asks for.
+
+    Raises:
+        UserError: adapters of a rank that no matrix of the model has.
+    """
+    if lora.rank > shape.hidden_size:
+        raise UserError(
+            f"lora.rank={lora.rank}: every matrix of the model has a side of {shape.hidden_size} "
+            "(hidden_size) or fewer, so no change of one has a higher rank"
+        )
     return Network(
         shape,
         config.param_dtype,

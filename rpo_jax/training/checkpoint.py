@@ -225,8 +225,8 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
             return checkpoints
         checkpoints.close()
     raise UserError(
-        f"{folder}: no checkpoint there; init_from wants the folder of a finished run or of "
-        "`rpo_jax.convert import`"
+        f"{folder}: no checkpoint there; a run that has saved one, or a folder made by "
+        "`rpo_jax.convert import`, is wanted"
     )
 
 

@@ -179,8 +179,8 @@ def _flush(
         if not metrics["finite"]:
             raise UserError(
                 f"step {step}: loss {scalars['loss']} with gradient norm {scalars['grad_norm']} on "
-                f"records {records[records >= 0].tolist()}; the step was refused, the last "
-                "checkpoint is whole. Lower optim.learning_rate, or look at these records"
+                f"records {records[records >= 0].tolist()}; the step was refused, what is "
+                "saved is from before it. Lower optim.learning_rate, or look at these records"
             )
         newest = scalars | (rates if step == pending[-1][0] else {})
         log.write(step, newest)

@@ -28,6 +28,8 @@ Hyper = dict[str, Array]  # loss weights and learning rate: traced, so that no v
 Sums = dict[str, dict[str, Array]]  # divisor -> name -> sum
 Counts = dict[str, Array]  # divisor -> how many
 
+_TIE = 1e-4  # nats; a smaller margin is rounding, where the policy still is the reference
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -157,7 +159,7 @@ def make_rpo_objective(
                 "margin": margin_N,
                 "chosen_log_ratio": ratio_NP[:, CHOSEN],
                 "rejected_log_ratio": ratio_NP[:, REJECTED],
-                "reward_accuracy": (margin_N > 0) + 0.5 * (margin_N == 0),
+                "reward_accuracy": (margin_N > _TIE) + 0.5 * (jnp.abs(margin_N) <= _TIE),
             }
             compared_NP = ratio_NP / length_NP if config.length_normalised else ratio_NP
         else:

@@ -128,8 +128,8 @@ def _write_note(folder: Path, adapters: Adapters, beside: Path) -> None:
     write_json(folder / "model" / NOTE, values)
 
 
-def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> None:
-    """Makes a model folder of adapters over the newest step of another one.
+def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> Adapters:
+    """Makes a model folder of adapters over the newest step of another one; returns its note.
 
     Args:
         target: a folder that does not exist yet.
@@ -144,11 +144,13 @@ def store_adapters(target: Path, base: Path, lora: Lora, pairs: Params) -> None:
         raise UserError(f"{target}: is there already; choose another --target")
     with open_existing(base) as checkpoints:
         step = find_step(checkpoints, None)
+    note = Adapters(base, step, fingerprint_checkpoint(base, step), lora)
     with draft_folder(target) as draft:
         shutil.copytree(base / "model", draft / "model", ignore=shutil.ignore_patterns(NOTE))
-        _write_note(draft, Adapters(base, step, fingerprint_checkpoint(base, step), lora), target)
+        _write_note(draft, note, target)
         with open_checkpoints(draft, Checkpoint(keep=1)) as checkpoints:
             checkpoints.save_checkpointables(0, {"params": {"lora": pairs}})
+    return note
 
 
 def fingerprint_checkpoint(folder: Path, step: int) -> str:
@@ -161,7 +163,7 @@ def fingerprint_checkpoint(folder: Path, step: int) -> str:
     try:
         return fingerprint_step(path)[:16]
     except OSError as error:
-        raise UserError(f"{path}: the checkpoint is not there ({error})") from error
+        raise UserError(f"{path}: the checkpoint is not there") from error
 
 
 def load_params(folder: Path, abstract: Params, step: int | None = None) -> tuple[int, Params]:
@@ -236,7 +238,14 @@ def check_base(folder: Path, adapters: Adapters) -> None:
     Raises:
         UserError: names both.
     """
-    if fingerprint_checkpoint(adapters.base, adapters.step) != adapters.checkpoint:
+    try:
+        there = fingerprint_checkpoint(adapters.base, adapters.step)
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds adapters alone, and the model that they change is gone: step "
+            f"{adapters.step} of {os.path.normpath(adapters.base)}; put it back there"
+        ) from error
+    if there != adapters.checkpoint:
         raise UserError(
             f"{folder}: its adapters were trained over another checkpoint than {adapters.base} "
             f"holds now at step {adapters.step}; restore that, or train them anew"

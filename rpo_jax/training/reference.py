@@ -62,9 +62,7 @@ def _load(path: Path, count: int) -> Reference:
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); delete it to have it computed again"
-        ) from error
+        raise UserError(f"{path}: damaged; delete it to have it computed again") from error
     if len(stored) != count or stored.dtype != np.float32:
         raise UserError(
             f"{path}: holds {len(stored)} records of {stored.dtype}, {count} of float32 are "

@@ -180,7 +180,7 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
     if changed:
         raise UserError(
             f"{config.folder} holds a run with another config ({'; '.join(changed)}); give the "
-            "values before the arrows to go on with that run, or choose another --config.name"
+            "values before the arrows for that run, or choose another --config.name"
         )
 
 

@@ -200,7 +200,7 @@ def run_together(
                     raise UserError(
                         f"step {step}: {works[number].config.name}: loss {scalars['loss']} with "
                         f"gradient norm {scalars['grad_norm']}; lower its optim.learning_rate, or "
-                        "leave the point out. The last checkpoint is whole"
+                        "leave the point out. What is saved is from before it"
                     )
                 log.write(step, scalars)
         pending.clear()

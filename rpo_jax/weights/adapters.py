@@ -34,6 +34,7 @@ from rpo_jax.weights.workplace import (
 from rpo_jax.writing import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OVER = "rpo_jax_base_checkpoint"  # in the metadata of WEIGHTS
 
 # Of what PEFT's LoRA can be told, that which changes the result and is not ours to follow: each
 # with the values that leave it off.
@@ -132,6 +133,7 @@ def write_peft(
     lora: Lora,
     shape: ModelShape,
     base: str,
+    checkpoint: str,
     papers: dict[str, bytes],
 ) -> None:
     """Writes adapters as a folder that PEFT loads.
@@ -141,7 +143,8 @@ def write_peft(
         pairs: our adapters of all layers, float32 on the host, as `init_adapters` lays them out.
         lora: rank, alpha and targets.
         shape: of the base.
-        base: hub id or path of the base model, for PEFT to find it.
+        base: hub id or path of the base model, for PEFT to find it; or `none`.
+        checkpoint: fingerprint of the one they were trained over, for an import to compare.
         papers: what goes beside them by name, such as the model card.
 
     Raises:
@@ -155,7 +158,7 @@ def write_peft(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base == "none" else base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -167,7 +170,7 @@ def write_peft(
         "inference_mode": True,
     }
     files = papers | {
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: save(tensors, metadata={"format": "pt", _OVER: checkpoint}),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
     if is_finished(target, files):
@@ -181,6 +184,12 @@ def write_peft(
         for name, data in files.items():
             write_whole(folder / name, data)
         give_name(folder, target)
+
+
+def read_base_checkpoint(source: epath.Path) -> str:
+    """Fingerprint of the checkpoint that an export's adapters were trained over; "": not told."""
+    metadata = json.loads(read_shard(source / WEIGHTS).header).get("__metadata__") or {}
+    return str(metadata.get(_OVER, ""))
 
 
 def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, Any]]:

@@ -61,7 +61,7 @@ def make_card(
         if trained:
             origin += _CHANGED
     elif base == "none":
-        origin = "Trained from random weights; there is no base model."
+        origin = "Trained from random weights; no published model is its base."
     else:
         tag, licence = _find_licence(base)
         known = ["license: apache-2.0"] if tag == "apache-2.0" else ["license: other"]
