@@ -32,7 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 3584,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (600, 1500, 5000, 4000, 160),
+        "steps": (600, 2500, 4000, 3000, 320),
         "answers": 4,
         "questions": 0,
     },
@@ -42,7 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 3584,
         "worlds": (1000,),
         "seeds": (0, 1, 2),
-        "steps": (600, 1500, 5000, 4000, 160),
+        "steps": (600, 2500, 4000, 3000, 320),
         "answers": 4,
         "questions": 0,
     },
@@ -80,7 +80,6 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.optim.warmup_steps = 8
 
     config.exam.questions = form["questions"]
-    config.exam.answer_tokens = 16
     config.exam.explain_tokens = 132
     config.exam.slots = 64
     return config

@@ -96,7 +96,7 @@ class Fictional:
     size: str = option("quick", "preset", choices=("tiny", "quick", "standard"))
     text: str = option(
         "textbook",
-        "passages of a cpt stage: copies (words said twice), games (words compared and chosen), "
+        "passages of a cpt stage: copies (words said twice), games (words compared, texts read), "
         "general (language and answer formats), textbook, or both of the last",
         choices=("copies", "games", "general", "textbook", "both"),
     )
@@ -136,7 +136,7 @@ class Sample:
     temperature: float = option(0.8, "logits are divided by it", above=0.0)
     top_k: int = option(0, "draw among so many tokens; 0: all", at_least=0)
     top_p: float = option(1.0, "draw among so much probability", above=0.0, at_most=1.0)
-    answer_tokens: int = option(16, "most tokens of an answer alone", at_least=1)
+    answer_tokens: int = option(32, "most tokens of an answer alone", at_least=1)
     explain_tokens: int = option(512, "most tokens of an explanation with its answer", at_least=1)
     first_seed: int = option(
         0, "the answers of a question have it and those that follow", at_least=0
@@ -500,7 +500,7 @@ class Exam:
         0, "steps between two sittings; 0: before and after training only", at_least=0
     )
     modes: tuple[str, ...] = option(MODES, "ways of asking")
-    answer_tokens: int = option(16, "most tokens of an answer alone", at_least=1)
+    answer_tokens: int = option(32, "most tokens of an answer alone", at_least=1)
     explain_tokens: int = option(512, "most tokens of an explanation with its answer", at_least=1)
     slots: int = option(16, "answers written at a time", at_least=1)
 

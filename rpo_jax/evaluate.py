@@ -256,7 +256,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest")
     how.add_argument("--top_k", type=_count, default=0, help="default: 0, all tokens")
     how.add_argument("--top_p", type=float, default=1.0, help="default: 1, all tokens")
-    how.add_argument("--answer_tokens", type=_count, default=16, help="at most; default: 16")
+    how.add_argument("--answer_tokens", type=_count, default=32, help="at most; default: 32")
     how.add_argument("--explain_tokens", type=_count, default=512, help="at most; default: 512")
     how.add_argument(
         "--stop",

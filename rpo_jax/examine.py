@@ -109,7 +109,7 @@ class Paper:
         return [
             Ask(question, mode, seed, render(style, question, shown))
             for mode in plan.modes
-            for style in [find_prompt(mode, plan.shots, by_template)]
+            for style in [find_prompt(plan.exam, mode, plan.shots, by_template)]
             for seed in plan.seeds
             for question in self.questions
         ]
@@ -155,7 +155,7 @@ def lay_out(plan: Plan, run: Config | None) -> Paper:
         UserError: it is missing or broken, or there is no such prompt.
     """
     for mode in plan.modes:
-        find_prompt(mode, plan.shots)
+        find_prompt(plan.exam, mode, plan.shots)
     if plan.exam.name == "fictional" and not plan.directory and run is not None:
         directory = find_world(run) / "exam"
     else:
@@ -334,9 +334,9 @@ class RunningScore:
 
 def _weigh_letters(plan: Plan, model: Opened, phrasing: Phrasing, paper: Paper, out: Path) -> None:
     """Writes likelihood.json: the letter that the model finds likeliest, where one is asked."""
-    if (out / "likelihood.json").exists():
+    style = find_prompt(plan.exam, ANSWER_ONLY, plan.shots, phrasing.chat is not None)
+    if style.names or (out / "likelihood.json").exists():
         return
-    style = find_prompt(ANSWER_ONLY, plan.shots, phrasing.chat is not None)
     weighed = [question for question in paper.questions if has_one_letter(question)]
     shown = paper.demonstrations[: plan.shots]
     asked = [(question, phrasing.render(style, question, shown)) for question in weighed]

@@ -161,7 +161,7 @@ def _pair(
                 for one in own:
                     ledgers["answers"].drop(f"to {reason}", f"{question.id}, {one.key}")
                 continue
-            style = find_prompt(mode, options.shots)
+            style = find_prompt(split.exam, mode, options.shots)
             explanation = explanations[question.id] if style.explains else None
             tiers = sort_texts(question, style, own, explanation, ledgers["answers"])
             preferences = prefer(name, tiers, rules, letters, ledgers["pairs"])

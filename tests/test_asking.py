@@ -28,6 +28,7 @@ from rpo_jax.exams.asking import (
     read_answers,
     read_sitting,
 )
+from rpo_jax.exams.known.fictional import EXAM
 from rpo_jax.exams.responses import Response
 from tests.sittings import make_exam, plan_sitting
 
@@ -55,7 +56,7 @@ class Model:
 
 def make_asks(questions, seeds=(0, 1)) -> list[Ask]:
     return [
-        Ask(question, mode, seed, find_prompt(mode, 0).render(question))
+        Ask(question, mode, seed, find_prompt(EXAM, mode, 0).render(question))
         for mode in MODES
         for seed in seeds
         for question in questions
@@ -111,6 +112,7 @@ sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 from pathlib import Path
 from rpo_jax.exams.asking import Ask, ask_all
 from rpo_jax.exams.igakuqa import read_questions
+from rpo_jax.exams.known.fictional import EXAM
 from rpo_jax.exams.responses import Response
 questions = read_questions({str(directory)!r}, [3003])
 asks = [Ask(q, "answer_only", 0, "") for q in questions]
@@ -161,7 +163,7 @@ def test_missing_and_damaged_sittings_are_named(tmp_path, exam):
     with pytest.raises(UserError, match=r"sitting\.json: damaged"):
         read_sitting(tmp_path)
     with pytest.raises(UserError, match=r"--shots 2: no such prompt.*answer_only with 3 shots"):
-        find_prompt(ANSWER_ONLY, 2)
+        find_prompt(EXAM, ANSWER_ONLY, 2)
 
 
 def test_a_slice_is_spread_over_the_exam(exam):

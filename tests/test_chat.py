@@ -11,6 +11,7 @@ from rpo_jax.data.chat import read_chat
 from rpo_jax.errors import UserError
 from rpo_jax.exams.asking import find_prompt
 from rpo_jax.exams.igakuqa import Question
+from rpo_jax.exams.known.igakuqa import EXAM as IGAKUQA
 from rpo_jax.exams.phrasing import find_phrasing
 from tests.test_generation import TOKENIZER
 
@@ -63,12 +64,12 @@ def test_a_model_is_asked_by_the_template_whose_turns_its_end_of_text_ends(tmp_p
     ):
         phrasing = find_phrasing(tmp_path, tokenizer, chat)
         assert (phrasing.chat is not None) == by_template
-        style = find_prompt("answer_only", 0, by_template)
+        style = find_prompt(IGAKUQA, "answer_only", 0, by_template)
         rendered = phrasing.render(style, QUESTION, [])
         assert rendered.startswith("<|im_start|>system\n医師" if by_template else "医師")
         assert rendered.endswith("<|im_start|>assistant\n" if by_template else "答え:")
-    assert find_prompt("answer_only", 3, True).name == "OFFICIAL_V1"
-    assert find_prompt("explain_first", 3, True).name == "EXPLAIN_V1"
+    assert find_prompt(IGAKUQA, "answer_only", 3, True).name == "OFFICIAL_V1"
+    assert find_prompt(IGAKUQA, "explain_first", 3, True).name == "EXPLAIN_V1"
     letter = find_phrasing(tmp_path, CHATTY, "yes").encode_answer(style, QUESTION, ("a",))
     assert letter == CHATTY.encode("a")
     assert find_phrasing(tmp_path, CHATTY, "no").encode_answer(style, QUESTION, ("a",)) == (

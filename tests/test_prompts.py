@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from rpo_jax.exams.extraction import extract
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import (
     ANSWER_ZERO_SHOT_V1,
     EXPLAIN_V1,
     EXPLAIN_ZERO_SHOT_V1,
     FORMATS,
+    NAME_ZERO_SHOT_V1,
     OFFICIAL_COMPLETION_V1,
     OFFICIAL_V1,
 )
@@ -52,6 +54,16 @@ def test_explain_first_prompt():
     assert prompt.endswith("ちょうど2個選んでください。\n考察:")
     assert EXPLAIN_ZERO_SHOT_V1.target(TWO, ("b", "c"), "箱。") == "箱。\n答え: b,c"
     assert EXPLAIN_ZERO_SHOT_V1.render(NUMBER).endswith("問題: 1足す1は。\n考察:")
+
+
+def test_a_prompt_for_names_asks_for_them_and_is_answered_by_them():
+    prompt = NAME_ZERO_SHOT_V1.render(TWO)
+    assert "記号ではなく、語句で" in prompt and prompt.endswith("答え:")
+    for question, letters in ((ONE, ("a",)), (TWO, ("b", "c"))):
+        named = NAME_ZERO_SHOT_V1.target(question, letters)
+        assert named == {"1A1": "\n玉", "1A2": "\n箱、本"}[question.id]
+        assert extract(question, named).answer == letters
+    assert NAME_ZERO_SHOT_V1.target(NUMBER, ("2",)) == "\n2"
 
 
 @pytest.mark.parametrize("name", ["OFFICIAL_V1", "OFFICIAL_COMPLETION_V1", "EXPLAIN_V1"])

@@ -20,6 +20,7 @@ from typing import Any
 
 from rpo_jax.config import MODES as MODES
 from rpo_jax.errors import UserError
+from rpo_jax.exams.exam import Exam
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import FORMATS, PromptFormat
 from rpo_jax.exams.responses import Response, parse_response, to_record
@@ -36,6 +37,7 @@ _PROMPTS = {  # by mode and demonstrations
     (EXPLAIN_FIRST, 0): "EXPLAIN_ZERO_SHOT_V1",
 }
 _CHAT_PROMPTS = {**_PROMPTS, (ANSWER_ONLY, 3): "OFFICIAL_V1"}  # a chat has the system line
+_NAMED = {"ANSWER_ZERO_SHOT_V1": "NAME_ZERO_SHOT_V1"}  # in exams that want names for letters
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Drawing:
     """
 
     max_tokens: Mapping[str, int] = field(
-        default_factory=lambda: {ANSWER_ONLY: 16, EXPLAIN_FIRST: 512}
+        default_factory=lambda: {ANSWER_ONLY: 32, EXPLAIN_FIRST: 512}
     )
     temperature: float = 0.0
     top_k: int = 0
@@ -136,8 +138,8 @@ def parse_share(text: str) -> Share:
 Answer = Callable[[Sequence[Ask]], Iterator[tuple[Ask, Response]]]
 
 
-def find_prompt(mode: str, shots: int, chat: bool = False) -> PromptFormat:
-    """The prompt format of a mode with so many demonstrations, as text or for a chat template.
+def find_prompt(exam: Exam, mode: str, shots: int, chat: bool = False) -> PromptFormat:
+    """An exam's prompt format in a mode with so many demonstrations, as text or for a template.
 
     Raises:
         UserError: there is none.
@@ -145,7 +147,8 @@ def find_prompt(mode: str, shots: int, chat: bool = False) -> PromptFormat:
     if (mode, shots) not in _PROMPTS:
         known = ", ".join(f"{m} with {s} shots" for m, s in _PROMPTS)
         raise UserError(f"--modes {mode} --shots {shots}: no such prompt; known: {known}")
-    return FORMATS[(_CHAT_PROMPTS if chat else _PROMPTS)[mode, shots]]
+    name = (_CHAT_PROMPTS if chat else _PROMPTS)[mode, shots]
+    return FORMATS[_NAMED.get(name, name) if exam.names else name]
 
 
 def choose_questions(questions: Sequence[Question], limit: int) -> list[Question]:

@@ -30,6 +30,8 @@ class Exam:
         required_share: of their points, to pass.
         general_pass: points that the other sections wanted in a year, as announced.
         shots: demonstrations that its prompts show by default.
+        names: whether an answer without demonstrations is the text of a choice, not its letter,
+            which networks of a few million weights do not learn to find.
         prohibited_from: so many prohibited choices fail a candidate; 0: no such rule.
         published: points that others reported a year, by model.
         read: the questions of a folder, in order.
@@ -47,6 +49,7 @@ class Exam:
     required_share: float = 0.8
     general_pass: Mapping[int, int] = field(default_factory=dict)
     shots: int = 3
+    names: bool = False
     prohibited_from: int = 0
     published: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     read: Ask = read_questions

@@ -25,6 +25,7 @@ class PromptFormat:
         cue: What the question ends with, so that the response is the next thing to write.
         shots: Demonstrations needed; other numbers are refused, since the name must say it all.
         explains: Whether an explanation comes before the answer.
+        names: Whether an answer is the text of a choice instead of its letter.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PromptFormat:
     cue: str
     shots: int
     explains: bool
+    names: bool = False
 
     def render(self, question: Question, demonstrations: Sequence[Question] = ()) -> str:
         """The prompt as one text, for models without a chat template; ends without a newline.
@@ -87,6 +89,9 @@ class PromptFormat:
                 f"{list(question.letters)}"
             )
         answer = ",".join(letters)
+        if self.names and question.choices:
+            texts = dict(zip(question.letters, question.choices, strict=True))
+            answer = "、".join(dict.fromkeys(texts[letter] for letter in letters))
         if not self.explains:
             return "\n" + answer
         if not explanation:
@@ -122,6 +127,7 @@ class PromptFormat:
 
 
 _EXAM = "医師国家試験を解きます。"
+_NAME = _EXAM + "選択肢の記号ではなく、語句で答えてください。"
 _EXPLAIN = _EXAM + "選択肢を一つずつ順に検討し、考察を書いてから答えてください。"
 
 OFFICIAL_V1 = PromptFormat("OFFICIAL_V1", _EXAM, "答え:", shots=3, explains=False)
@@ -130,6 +136,9 @@ OFFICIAL_COMPLETION_V1 = PromptFormat(
 )
 EXPLAIN_V1 = PromptFormat("EXPLAIN_V1", _EXPLAIN, "考察:", shots=3, explains=True)
 ANSWER_ZERO_SHOT_V1 = PromptFormat("ANSWER_ZERO_SHOT_V1", _EXAM, "答え:", shots=0, explains=False)
+NAME_ZERO_SHOT_V1 = PromptFormat(
+    "NAME_ZERO_SHOT_V1", _NAME, "答え:", shots=0, explains=False, names=True
+)
 EXPLAIN_ZERO_SHOT_V1 = PromptFormat(
     "EXPLAIN_ZERO_SHOT_V1", _EXPLAIN, "考察:", shots=0, explains=True
 )
@@ -141,6 +150,7 @@ FORMATS: Mapping[str, PromptFormat] = {
         OFFICIAL_COMPLETION_V1,
         EXPLAIN_V1,
         ANSWER_ZERO_SHOT_V1,
+        NAME_ZERO_SHOT_V1,
         EXPLAIN_ZERO_SHOT_V1,
     )
 }

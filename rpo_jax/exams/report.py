@@ -161,7 +161,7 @@ def _report_mode(
 ) -> dict[str, Any]:
     seeds = list(by_seed.values())
     return {
-        "prompt": find_prompt(mode, sitting.shots, bool(sitting.chat)).name,
+        "prompt": find_prompt(exam, mode, sitting.shots, bool(sitting.chat)).name,
         "points": {rule: spread([tally(m, rule)["points"] for m in seeds]) for rule in RULES},
         "agreement": measure_agreement(seeds),
         "vote": tally(vote(exam, seeds), "extracted") if len(seeds) > 1 else None,

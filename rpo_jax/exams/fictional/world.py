@@ -31,7 +31,7 @@ from rpo_jax.exams.fictional.kinds import (
 from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
 from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
 
-VERSION = 4  # raise with any change of output; stored with every world
+VERSION = 5  # raise with any change of output; stored with every world
 TEST_SEEDS_FROM = 1000
 Taught = Sequence[tuple[Graph, Domain]]  # what the general text tells of
 
@@ -51,7 +51,7 @@ _GAMES_EVERY = 3  # of the games, so many are one in the general text
 _OPEN_BOOK_DOCUMENTS = 0.3
 _OPEN_BOOK_KINDS = ("診断", "所見", "所見なし", "原因")
 _FEW_SHOT = (prompts.OFFICIAL_V1, prompts.EXPLAIN_V1)
-_ZERO_SHOT = (prompts.ANSWER_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
+_ZERO_SHOT = (prompts.NAME_ZERO_SHOT_V1, prompts.EXPLAIN_ZERO_SHOT_V1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class World:
 
     Attributes:
         copies: Words said twice; to copy is what a model learns first.
-        games: Words copied, compared and chosen, where nothing need be known.
+        games: Words copied, compared and chosen, passages read: nothing need be known.
         general: For the base model: filler, animals, known diseases, both answer formats about
             either, and games.
         textbook: For continued pretraining: every medical fact in varied wordings.
@@ -222,9 +222,14 @@ def make_world(seed: int, size: Size) -> World:
     demonstrations = _choose_demonstrations(items)
     names = (*medicine.names, *animals.names, *known.names)
     words = make_words(sorted({name[0] for name in names}))
+    spare = [next(stems) for _ in range(SUBJECTS_STEP)]  # the fewest animals have too few
+    invented = (
+        (ANIMALS, sorted({name[0] for name in (*medicine.names, *known.names)})),
+        (MEDICINE, sorted({name[0] for name in animals.names}) + spare),
+    )
     rng = stream("games")
     copies = [tell_twice(rng, words) for _ in range(size.copies)]
-    games = [tell_game(rng, words) for _ in range(size.games)]
+    games = [tell_game(rng, words, invented) for _ in range(size.games)]
     general = _tell_general(stream("general"), size, taught, demonstrations, items)
     general += games[::_GAMES_EVERY]
     stream("order").shuffle(general)
@@ -431,7 +436,7 @@ def _make_pairs(
             continue
         formats = {"explain": prompts.EXPLAIN_ZERO_SHOT_V1}
         if rng.random() < _ANSWER_ONLY_PAIRS:
-            formats["answer"] = prompts.ANSWER_ZERO_SHOT_V1
+            formats["answer"] = prompts.NAME_ZERO_SHOT_V1
         for label, format_ in formats.items():
             yield Pair(
                 id=f"{name}-{question.id}-{label}",

@@ -11,5 +11,6 @@ EXAM = Exam(
     dev_years=(SPLIT_YEARS["dev"],),
     required_sections="BE",
     shots=0,
+    names=True,
     prohibited_from=4,
 )
