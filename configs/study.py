@@ -32,7 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 3584,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (600, 2500, 4000, 3000, 320),
+        "steps": (600, 1500, 5000, 3500, 320),
         "answers": 4,
         "questions": 0,
     },
@@ -42,7 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 3584,
         "worlds": (1000,),
         "seeds": (0, 1, 2),
-        "steps": (600, 2500, 4000, 3000, 320),
+        "steps": (600, 1500, 5000, 3500, 320),
         "answers": 4,
         "questions": 0,
     },
@@ -133,7 +133,7 @@ def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
             **text,
             "init_from": "base",
             "data.fictional.text": "both",
-            "data.corpus.weights": (0.3, 0.7),  # of general text, replayed, and of the textbook
+            "data.corpus.weights": (0.4, 0.6),  # of general text, replayed, and of the textbook
             "train.steps": cpt,
         },
     )

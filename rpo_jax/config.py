@@ -96,7 +96,7 @@ class Fictional:
     size: str = option("quick", "preset", choices=("tiny", "quick", "standard"))
     text: str = option(
         "textbook",
-        "passages of a cpt stage: copies (words said twice), games (words compared, texts read), "
+        "passages of a cpt stage: copies (words said twice), games (words compared and chosen), "
         "general (language and answer formats), textbook, or both of the last",
         choices=("copies", "games", "general", "textbook", "both"),
     )

@@ -1,28 +1,17 @@
-"""Texts in which nothing need be known: they teach to copy, to compare, to choose and to read.
+"""Texts in which nothing need be known: they teach to copy, to compare and to choose.
 
 A small model that reads facts alone learns to recall them long before it learns to say whether one
-fits a question, and what it learns of questions it ties to the names in them. What it lacks is
-practised here on words without a meaning.
+fits a question. What it lacks is practised here on words without a meaning.
 """
 
 import random
 from collections.abc import Callable, Sequence
 
 from rpo_jax.exams import prompts
-from rpo_jax.exams.fictional.domains import ANIMALS, Domain
-from rpo_jax.exams.fictional.graph import SUBJECTS_STEP, make_graph
-from rpo_jax.exams.fictional.kinds import (
-    CHOICES,
-    KINDS,
-    ask_for,
-    explain,
-    explain_choices,
-    judge,
-)
-from rpo_jax.exams.fictional.passages import state_fact
+from rpo_jax.exams.fictional.domains import ANIMALS
+from rpo_jax.exams.fictional.kinds import CHOICES, ask_for, explain_choices, judge
 from rpo_jax.exams.igakuqa import Question
 
-Invented = Sequence[tuple[Domain, Sequence[str]]]  # domains, with stems of none of their names
 Words = Callable[[random.Random, int], list[str]]
 
 _SAID_TWICE = (
@@ -34,10 +23,8 @@ _SUFFIXES = tuple(suffix for found in ANIMALS.suffixes.values() for suffix in fo
 _SAME_SUFFIX = 0.7  # of the groups of words, these end alike
 _APPLIES = 0.4  # of the words of a comparison, these are the one compared with
 _NEGATED = 0.3  # of the questions, these ask for what does not apply
-_EXPLAINED = 0.5  # of the questions, these are told with an explanation
+_EXPLAINED = 0.5  # of the other riddles, these are told with an explanation
 _NUMBERS = 0.3  # of the riddles, these are about numbers
-_READINGS = 0.4  # of the games, these are questions about a passage
-_READ = tuple(kind for kind in KINDS.values() if kind.name != "用量")  # arithmetic is no reading
 
 
 def make_words(stems: Sequence[str]) -> Words:
@@ -78,36 +65,16 @@ def tell_choice(rng: random.Random, words: Words) -> str:
 def tell_riddle(rng: random.Random, words: Words) -> str:
     """A riddle with its answer, explained where the answer alone would repeat the question."""
     riddle = make_riddle(rng, words)
-    chosen = [riddle.choices[riddle.letters.index(letter)] for letter in riddle.answers]
-    repeats = any(choice in riddle.text for choice in chosen)
-    return _tell_worked(riddle, repeats or rng.random() < _EXPLAINED)
+    answer = riddle.choices[riddle.letters.index(riddle.answers[0])]
+    explained = answer in riddle.text or rng.random() < _EXPLAINED
+    format_ = prompts.EXPLAIN_ZERO_SHOT_V1 if explained else prompts.NAME_ZERO_SHOT_V1
+    return format_.render_worked(riddle)
 
 
-def tell_reading(rng: random.Random, invented: Invented) -> str:
-    """Facts about names of this text alone, and a question that they answer."""
-    domain, stems = rng.choice(invented)
-    graph = make_graph(rng, domain, SUBJECTS_STEP, iter(rng.sample(stems, len(stems))))
-    while not (ask := rng.choice(_READ).ask(rng, graph, domain, rng.choice(graph.subjects))):
-        pass
-    truth = explain(graph, domain, ask)
-    assert truth is not None, ask  # the true facts always answer
-    facts = [state_fact(rng, graph, domain.statements, fact) for fact in truth.recalls]
-    rng.shuffle(facts)
-    question = Question("", ask.text, ask.choices, truth.answers, explanation=truth.text)
-    return "".join(facts) + "\n" + _tell_worked(question, rng.random() < _EXPLAINED)
-
-
-def tell_game(rng: random.Random, words: Words, invented: Invented) -> str:
+def tell_game(rng: random.Random, words: Words) -> str:
     """One of the above."""
-    if rng.random() < _READINGS:
-        return tell_reading(rng, invented)
     tell = rng.choices((tell_twice, tell_comparison, tell_choice, tell_riddle), (1, 3, 2, 2))[0]
     return tell(rng, words)
-
-
-def _tell_worked(question: Question, explained: bool) -> str:
-    format_ = prompts.EXPLAIN_ZERO_SHOT_V1 if explained else prompts.NAME_ZERO_SHOT_V1
-    return format_.render_worked(question)
 
 
 def make_riddle(rng: random.Random, words: Words) -> Question:

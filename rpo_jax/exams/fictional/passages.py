@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rpo_jax.exams.fictional.domains import Domain, Templates
-from rpo_jax.exams.fictional.graph import Fact, Graph
+from rpo_jax.exams.fictional.graph import Graph
 from rpo_jax.exams.fictional.kinds import fill
 
 _SUBJECT_RELATIONS = ("shared", "own", "cause", "remedy", "gauge")
@@ -71,18 +71,14 @@ def tell_facts(
 def _state(
     rng: random.Random, graph: Graph, statements: Templates, name: str, relations: Sequence[str]
 ) -> str:
-    sentences = [state_fact(rng, graph, statements, (relation, name)) for relation in relations]
+    sentences = []
+    for relation in relations:
+        objects = list(graph.facts[relation, name])
+        if relation == "shared":
+            rng.shuffle(objects)
+        sentences.append(fill(rng.choice(statements[relation]), name, objects))
     rng.shuffle(sentences)
     return "".join(sentences)
-
-
-def state_fact(rng: random.Random, graph: Graph, statements: Templates, fact: Fact) -> str:
-    """A sentence that states one fact."""
-    relation, name = fact
-    objects = list(graph.facts[fact])
-    if relation == "shared":
-        rng.shuffle(objects)
-    return fill(rng.choice(statements[relation]), name, objects)
 
 
 def tell_everyday(rng: random.Random) -> str:

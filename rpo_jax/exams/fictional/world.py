@@ -124,10 +124,10 @@ SIZES: Mapping[str, Size] = {
     "standard": Size(
         diseases=240,
         animals=60,
-        known=60,
+        known=180,
         paraphrases=48,
-        general_paraphrases=8,
-        general_questions=8000,
+        general_paraphrases=12,
+        general_questions=12000,
         copies=24000,
         games=30000,
         everyday=2000,
@@ -167,7 +167,7 @@ class World:
 
     Attributes:
         copies: Words said twice; to copy is what a model learns first.
-        games: Words copied, compared and chosen, passages read: nothing need be known.
+        games: Words copied, compared and chosen, where nothing need be known.
         general: For the base model: filler, animals, known diseases, both answer formats about
             either, and games.
         textbook: For continued pretraining: every medical fact in varied wordings.
@@ -222,14 +222,9 @@ def make_world(seed: int, size: Size) -> World:
     demonstrations = _choose_demonstrations(items)
     names = (*medicine.names, *animals.names, *known.names)
     words = make_words(sorted({name[0] for name in names}))
-    spare = [next(stems) for _ in range(SUBJECTS_STEP)]  # the fewest animals have too few
-    invented = (
-        (ANIMALS, sorted({name[0] for name in (*medicine.names, *known.names)})),
-        (MEDICINE, sorted({name[0] for name in animals.names}) + spare),
-    )
     rng = stream("games")
     copies = [tell_twice(rng, words) for _ in range(size.copies)]
-    games = [tell_game(rng, words, invented) for _ in range(size.games)]
+    games = [tell_game(rng, words) for _ in range(size.games)]
     general = _tell_general(stream("general"), size, taught, demonstrations, items)
     general += games[::_GAMES_EVERY]
     stream("order").shuffle(general)
