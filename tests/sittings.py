@@ -30,7 +30,7 @@ from rpo_jax.training.state import abstract_state, make_params, start_from
 YEAR = 3003
 SHAPE = {
     "model_type": "qwen2",
-    "vocab_size": 608,
+    "vocab_size": 704,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -49,7 +49,7 @@ def make_model(folder: Path) -> Path:
     world = make_world(0, SIZES["tiny"])
     texts = [document.text for document in (*world.general, *world.textbook)]
     (folder / "model").mkdir(parents=True)
-    train_sentencepiece(texts, 600, folder / "model")
+    train_sentencepiece(texts, 700, folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps(SHAPE))
     network = Network(load_shape(str(folder / "model" / "config.json")))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
