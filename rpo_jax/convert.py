@@ -39,14 +39,16 @@ from rpo_jax.training.origin import (
     store_adapters,
 )
 from rpo_jax.training.state import abstract_weights
-from rpo_jax.weights.adapters import CONFIG as ADAPTER_CONFIG
 from rpo_jax.weights.adapters import (
+    BASE_NOTE,
     MergedArrays,
     list_factors,
+    note_base,
     read_base_checkpoint,
     read_peft,
     write_peft,
 )
+from rpo_jax.weights.adapters import CONFIG as ADAPTER_CONFIG
 from rpo_jax.weights.card import make_card, make_notice
 from rpo_jax.weights.exporting import Weights, export_weights, open_weights, verify_checksums
 from rpo_jax.weights.history import History, tell_history
@@ -236,11 +238,13 @@ def _export_adapters(weights: Weights, base: str, args: argparse.Namespace) -> N
             f"--adapter: {folder} trained the rows of {', '.join(adapters.lora.trained_tokens)} "
             "too, which this export does not hold; export it merged, without --adapter"
         )
-    over = f"step {adapters.step} of {Path(os.path.normpath(adapters.base)).name}"
-    stated = f"adapters of rank {adapters.lora.rank} alone, trained over {over}"
+    name = Path(os.path.normpath(adapters.base)).name
+    stated = (
+        f"adapters of rank {adapters.lora.rank} alone, trained over step {adapters.step} of {name}"
+    )
     papers = _write_papers(weights, base, stated, "peft", args)
-    pairs, checkpoint = trained["lora"], adapters.checkpoint
-    write_peft(args.target, pairs, adapters.lora, weights.shape, base, checkpoint, papers)
+    papers[BASE_NOTE] = note_base(name, adapters.step, adapters.checkpoint)
+    write_peft(args.target, trained["lora"], adapters.lora, weights.shape, base, papers)
     _tell_what_is_wanted(args.target, base)
     print(f"{args.target}: step {weights.step}, adapters of rank {adapters.lora.rank} for PEFT")
 

@@ -111,7 +111,7 @@ def test_adapters_are_there_whole_or_not_at_all(
     target = epath.Path(tmp_path / "peft")
 
     def write(card: bytes) -> None:
-        write_peft(target, jax.device_get(pairs), lora, SHAPE, "base", "", {"README.md": card})
+        write_peft(target, jax.device_get(pairs), lora, SHAPE, "base", {"README.md": card})
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ from rpo_jax.weights.workplace import (
 from rpo_jax.writing import write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OVER = "rpo_jax_base_checkpoint"  # in the metadata of WEIGHTS
+BASE_NOTE = "base_checkpoint.json"  # ours: which checkpoint they were trained over
 
 # Of what PEFT's LoRA can be told, that which changes the result and is not ours to follow: each
 # with the values that leave it off.
@@ -133,7 +133,6 @@ def write_peft(
     lora: Lora,
     shape: ModelShape,
     base: str,
-    checkpoint: str,
     papers: dict[str, bytes],
 ) -> None:
     """Writes adapters as a folder that PEFT loads.
@@ -144,7 +143,6 @@ def write_peft(
         lora: rank, alpha and targets.
         shape: of the base.
         base: hub id or path of the base model, for PEFT to find it; or `none`.
-        checkpoint: fingerprint of the one they were trained over, for an import to compare.
         papers: what goes beside them by name, such as the model card.
 
     Raises:
@@ -170,7 +168,7 @@ def write_peft(
         "inference_mode": True,
     }
     files = papers | {
-        WEIGHTS: save(tensors, metadata={"format": "pt", _OVER: checkpoint}),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
     if is_finished(target, files):
@@ -186,10 +184,16 @@ def write_peft(
         give_name(folder, target)
 
 
+def note_base(name: str, step: int, checkpoint: str) -> bytes:
+    """The note beside exported adapters, of the checkpoint that they were trained over."""
+    note = {"base": name, "step": step, "checkpoint": checkpoint}
+    return (json.dumps(note, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def read_base_checkpoint(source: epath.Path) -> str:
     """Fingerprint of the checkpoint that an export's adapters were trained over; "": not told."""
-    metadata = json.loads(read_shard(source / WEIGHTS).header).get("__metadata__") or {}
-    return str(metadata.get(_OVER, ""))
+    path = source / BASE_NOTE
+    return str(read_json(path).get("checkpoint", "")) if path.exists() else ""
 
 
 def read_peft(source: epath.Path, shape: ModelShape) -> tuple[Lora, dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_files_go_in_and_out(tmp_path):
     np.testing.assert_allclose(ours, wanted, atol=1e-4 * np.abs(wanted).max())
     assert np.abs(wanted - peft_logits(hf_model(0), tokens)).max() > 0.1
 
-    write_peft(epath.Path(tmp_path / "ours"), pairs, LORA, SMALL.shape, "base", "", {})
+    write_peft(epath.Path(tmp_path / "ours"), pairs, LORA, SMALL.shape, "base", {})
     loaded = peft.PeftModel.from_pretrained(hf_model(0), tmp_path / "ours")
     np.testing.assert_array_equal(peft_logits(loaded, tokens), wanted)
     again, same = read_peft(epath.Path(tmp_path / "ours"), SMALL.shape)
@@ -121,7 +121,7 @@ def test_loss_and_gradients_of_both_factors_are_those_of_trl(tmp_path):
     np.testing.assert_allclose(work.objective.loss(means, work.hyper), loss.item(), rtol=LOSS_RTOL)
     assert len(grads) == 2 * 2 * len(MODULES)
     write_peft(
-        epath.Path(tmp_path / "grads"), jax.device_get(found["lora"]), LORA, SMALL.shape, "", "", {}
+        epath.Path(tmp_path / "grads"), jax.device_get(found["lora"]), LORA, SMALL.shape, "", {}
     )
     from safetensors.numpy import load_file
 
