@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -22,12 +21,7 @@ from rpo_jax.exams.fictional import (
     write_world,
 )
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE
-from rpo_jax.exams.fictional.games import (
-    make_riddle,
-    make_words,
-    tell_choice,
-    tell_comparison,
-)
+from rpo_jax.exams.fictional.games import make_riddle, make_words, tell_choice, tell_comparison
 from rpo_jax.exams.fictional.graph import coin_stems
 from rpo_jax.exams.fictional.kinds import KINDS, explain, fill, judge
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
@@ -108,11 +102,10 @@ def test_names_are_of_characters_that_no_wording_has(world):
     assert named <= set(coin_stems(random.Random(0)))
     passages = (*world.copies, *world.games, *world.general)
     texts = (*passages, *world.textbook, *world.textbook_heldout)
-    stems = "".join(coin_stems(random.Random(0)))
-    suffixes = {*itertools.chain(*MEDICINE.suffixes.values(), *ANIMALS.suffixes.values())}
-    name = f"[{stems}](?:{'|'.join(sorted(suffixes, key=len, reverse=True))})"
-    unnamed = re.sub(name, "", "".join(document.text for document in texts))
-    assert not set(stems) & set(unnamed)
+    unnamed = "".join(d.text for d in texts)
+    for name in named:
+        unnamed = unnamed.replace(name, "")
+    assert not set(coin_stems(random.Random(0))) & set(unnamed)
 
 
 def test_other_seeds_give_other_names():
@@ -334,7 +327,7 @@ def test_pairs_prefer_the_truth_to_one_misremembered_fact(world):
         pairs = world.pairs[split]
         assert len({p.id for p in pairs}) == len(pairs)
         explained = [p for p in pairs if p.id.endswith("-explain")]
-        assert len(questions) - len(explained) <= max(1, 0.05 * len(questions))
+        assert len(explained) > 0.95 * len(questions)
         assert len(explained) < len(pairs) < 2 * len(explained)
         for pair in pairs:
             question = questions[pair.id.split("-")[1]]
