@@ -91,7 +91,7 @@ class PromptFormat:
         answer = ",".join(letters)
         if self.names and question.choices:
             texts = dict(zip(question.letters, question.choices, strict=True))
-            answer = "、".join(dict.fromkeys(texts[letter] for letter in letters))
+            answer = "、".join(texts[letter] for letter in letters)
         if not self.explains:
             return "\n" + answer
         if not explanation:
