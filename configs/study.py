@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from rpo_jax.config import choose, defaults
 
 # By form: size of the world, network, tokens that its text gets, worlds by number, seeds; steps of
-# copying, games, base, CPT and the arms after it; answers drawn for each training question; test
-# questions asked (0: all).
+# copying, games, base, CPT and the arms after it; the learning rate of those arms; answers drawn
+# for each training question; test questions asked (0: all).
 FORMS: dict[str, dict[str, Any]] = {
     "quick": {
         "size": "quick",
@@ -23,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "worlds": (0,),
         "seeds": (0,),
         "steps": (60, 60, 400, 300, 100),
+        "rate": 6e-4,
         "answers": 2,
         "questions": 64,
     },
@@ -33,6 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "worlds": (0,),
         "seeds": (0,),
         "steps": (600, 1500, 5000, 3500, 320),
+        "rate": 1e-4,
         "answers": 4,
         "questions": 0,
     },
@@ -43,6 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "worlds": (1000,),
         "seeds": (0, 1, 2),
         "steps": (600, 1500, 5000, 3500, 320),
+        "rate": 1e-4,
         "answers": 4,
         "questions": 0,
     },
@@ -76,7 +79,7 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.rpo.alpha = 1.0
     config.train.steps = form["steps"][4]
     config.train.batch_rows = 8
-    config.optim.learning_rate = 6e-4
+    config.optim.learning_rate = form["rate"]
     config.optim.warmup_steps = 8
 
     config.exam.questions = form["questions"]

@@ -381,7 +381,8 @@ class Rpo:
     )
     term_gradients_every_steps: int = option(
         0,
-        "measure the gradient norm of each term and the cosine between them; 0: never",
+        "measure the gradient norm of each term (of the NLL without rpo.alpha) and the cosine "
+        "between them; 0: never",
         at_least=0,
     )
 

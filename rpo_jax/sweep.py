@@ -235,7 +235,8 @@ def report(folder: Path, points: Sequence[Point]) -> str:
         cells = [str(means[name][key]) for name in shown]
         table.append([*map(str, key), str(mean.count), *cells])
     head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training; "
-    head += "mean ± half of its 95 % interval over seeds"
+    several = any(mean.count > 1 for mean in means[shown[0]].values())
+    head += "mean ± half of its 95 % interval over seeds" if several else "one seed: no intervals"
     legend = [f"{name}: {explain_measure(name)}" for name in shown]
     return "\n".join([head, "", format_table(table), "", *legend, "", *map(str, paths)])
 

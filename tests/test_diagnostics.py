@@ -46,7 +46,7 @@ def test_a_single_term_has_no_cosine():
     ("name", "bad", "good", "patience"),
     [
         ("chosen_log_ratio", -0.1, 0.1, 20),
-        ("heldout/chosen_log_ratio", -0.1, 0.0, 2),
+        ("heldout/chosen_log_ratio", -0.1, -1e-6, 1),
         ("dpo", math.log(2) + 1e-6, 0.69, 20),
     ],
 )

@@ -65,8 +65,9 @@ class Exam:
         if not named:
             also = f", or set {self.directory_variable}" if self.directory_variable else ""
             raise UserError(
-                f"--exam {self.name}: where is it? give --exam_dir{also}; it comes from "
-                f"{self.source} (the held-out measures of a run want --config)"
+                f"the exam {self.name} is wanted (--exam): where is it? give --exam_dir{also}; it "
+                f"comes from {self.source}. For the held-out measures of a run give --config, no "
+                "--checkpoint"
             )
         return Path(named).expanduser()
 

@@ -29,7 +29,12 @@ _STUCK = (
 # takes many of them; held-out pairs are always the same ones.
 _SIGNS: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
     ("chosen_log_ratio", lambda nats: nats < 0, 20, _FALLEN),
-    ("heldout/chosen_log_ratio", lambda nats: nats < 0, 2, _FALLEN),
+    (
+        "heldout/chosen_log_ratio",
+        lambda nats: nats < -1e-3,
+        1,
+        _FALLEN,
+    ),  # 0 at first, but for rounding
     ("dpo", lambda nats: abs(nats - math.log(2)) < 1e-5, 20, _STUCK),
 )
 
@@ -78,11 +83,7 @@ class Watch:
                 continue
             self._in_a_row[name] = self._in_a_row[name] + 1 if is_bad(scalars[name]) else 0
             if self._in_a_row[name] == patience:
+                lasted = f", bad for {patience} measures in a row" if patience > 1 else ""
                 logging.warning(
-                    "warning: step %d: %s is %.6g, bad for %d measures in a row: %s",
-                    step,
-                    name,
-                    scalars[name],
-                    patience,
-                    warning,
+                    "warning: step %d: %s is %.6g%s: %s", step, name, scalars[name], lasted, warning
                 )

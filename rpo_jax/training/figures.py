@@ -56,7 +56,8 @@ def draw_curves(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
         for line, points in sorted(lines.items()):
             points.sort(key=lambda point: point[0])
             x, y = [x for x, _ in points], [mean.value for _, mean in points]
-            bars = [0.0 if math.isnan(mean.half) else mean.half for _, mean in points]
+            halves = [mean.half for _, mean in points]  # nan: one seed, no interval
+            bars = None if all(map(math.isnan, halves)) else halves
             text = f"{_short(others[0])} {line[0]:g}" if others else None
             panel.errorbar(x, y, yerr=bars, label=text, marker="o", markersize=4, capsize=3)
         _name(panel, first, name, "")

@@ -8,7 +8,7 @@ _MEANINGS = {
     "nll": "nats/token (of pairs: of the tokens that rpo.nll_tokens names)",
     "general_nll": "nats/token of the general text",
     "dpo": "nats a pair; 0.6931 is no preference",
-    "ipo": "squared nats a pair (a token, if length-normalised)",
+    "ipo": "squared nats a pair (a token, if length-normalised); no preference: 1 / (2 rpo.beta)^2",
     "simpo": "nats a pair",
     "orpo": "nats a pair, times rpo.beta; 0.6931 times rpo.beta is no preference",
     "preference_accuracy": "share of pairs: the chosen response is the likelier one",

@@ -65,8 +65,9 @@ def find_shape(config: Config) -> ModelShape:
     path = config.origin / "model" / "config.json"
     if not path.is_file():
         raise UserError(
-            f"init_from={config.init_from}: {path} is not there; the run before this one, or a "
-            f"model made by `rpo_jax.convert import`, is wanted{config.origin_hint}"
+            f"init_from={config.init_from}: {path} is not there; the run before this one "
+            "(train its config first), or a model made by `rpo_jax.convert import`, is "
+            f"wanted{config.origin_hint}"
         )
     shape = load_shape(str(path))
     if config.model.shape and load_shape(config.model.shape) != shape:
