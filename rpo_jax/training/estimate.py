@@ -27,8 +27,8 @@ from rpo_jax.writing import write_whole
 Plan = dict[str, Any]
 
 BASIS = (
-    f"compiler's cycles; attention kernels taken to reach {KERNEL_EFFICIENCY:.0%} of peak and "
-    "transfers to share no links: not measured on a TPU"
+    f"compiler's cycles; attention kernels taken to reach {KERNEL_EFFICIENCY:.0%} of peak, as one "
+    "published step suggests, and transfers to share no links: not measured on a TPU here"
 )
 
 # Two releases of the compiler say it in two ways; both count arguments and temporaries.

@@ -178,7 +178,9 @@ def compile_ours(venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, rem
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {
+    """Without the compiler that this process uses: `venv` has its own."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
+    return inherited | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5p-8",

@@ -1,0 +1,42 @@
+"""RPO with adapters of rank 16 on the one v5e chip of a free Colab; the size is the argument.
+
+`--config=configs/qwen25_mid_rpo_lora.py:7b` is QLoRA over nf4; 0.5b and 1.5b are over bfloat16.
+Rows are those of qwen25_mid_rpo.py. Starts from the converted model; `--config.init_from` names
+another one, such as the run of qwen25_mid_cpt.py.
+"""
+
+from ml_collections import ConfigDict
+
+from rpo_jax.config import choose, defaults
+
+# Size -> the slice it was compiled for, and for it: micro-batches of 16 pairs, the frozen kernels.
+SIZES = {
+    "0.5b": ("v5e:1x1", 8, ""),
+    "1.5b": ("v5e:1x1", 16, ""),
+    "7b": ("v5e:1x1", 16, "nf4"),
+}
+
+
+def get_config(arg: str = "7b") -> ConfigDict:
+    """A few hundred steps over a few thousand pairs."""
+    config = defaults()
+    config.stage = "rpo"
+    config.name = f"qwen25-mid-rpo-lora-{arg}"
+    config.init_from = f"models/qwen2.5-{arg}"
+    config.model.shape = f"qwen2.5-{arg}"
+    config.model.param_dtype = "bfloat16"
+    config.model.compute_dtype = "bfloat16"
+    config.model.attention = "splash"
+    config.model.remat = "full"
+    config.lora.rank = 16
+    _, config.train.micro_batches, config.lora.quantize = choose(SIZES, arg)
+    config.train.batch_rows = 16
+
+    config.data.train = ("pairs/train.jsonl",)
+    config.data.heldout = ("pairs/heldout.jsonl",)
+    config.data.prompt_length = 1536
+    config.data.response_length = 256
+
+    config.train.steps = 300
+    config.optim.warmup_steps = 30
+    return config
