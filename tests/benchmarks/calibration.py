@@ -24,7 +24,7 @@ from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, Seconds, estimate_seconds
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.writing import write_json
-from tests.benchmarks.maxtext_step import compile_theirs
+from tests.benchmarks.maxtext_step import compile_theirs, list_versions
 from tests.benchmarks.provenance import REPO, describe_run
 
 _OVERLAP = (
@@ -214,7 +214,7 @@ def main() -> None:
     print(f"efficiency of the attention kernels, fitted on the first: {efficiency:.3f}")
     if args.out:
         fitted = {"kernel_efficiency": round(efficiency, 4), "steps": found}
-        write_json(args.out, describe_run("jax") | fitted)
+        write_json(args.out, describe_run() | {"versions": list_versions(args.venv)} | fitted)
 
 
 if __name__ == "__main__":
