@@ -11,8 +11,8 @@ from rpo_jax.config import choose, defaults
 
 # Size -> the slice it was compiled for, and for it: micro-batches of 16 pairs, the frozen kernels.
 SIZES = {
-    "0.5b": ("v5e:1x1", 2, ""),
-    "1.5b": ("v5e:1x1", 4, ""),
+    "0.5b": ("v5e:1x1", 8, ""),
+    "1.5b": ("v5e:1x1", 16, ""),
     "7b": ("v5e:1x1", 8, "nf4"),
 }
 
