@@ -21,7 +21,7 @@ def get_config(arg: str = "7b") -> ConfigDict:
     """A few hundred steps over a few thousand pairs."""
     config = defaults()
     config.stage = "rpo"
-    config.name = f"qwen25-mid-rpo-lora-{arg}"
+    config.name = "qwen25-mid-rpo-lora" + ("" if arg == "7b" else f"-{arg}")
     config.init_from = f"models/qwen2.5-{arg}"
     config.model.shape = f"qwen2.5-{arg}"
     config.model.param_dtype = "bfloat16"
