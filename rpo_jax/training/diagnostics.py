@@ -26,15 +26,11 @@ _STUCK = (
     "adapters, look at how they begin and at the order of the devices"
 )
 # metric, what is wrong with it, how often in a row, the warning. Training batches differ, so it
-# takes many of them; held-out pairs are always the same ones.
+# takes many of them; held-out pairs are always the same ones, and
+# theirs is 0 at first, but for rounding.
 _SIGNS: tuple[tuple[str, Callable[[float], bool], int, str], ...] = (
     ("chosen_log_ratio", lambda nats: nats < 0, 20, _FALLEN),
-    (
-        "heldout/chosen_log_ratio",
-        lambda nats: nats < -1e-3,
-        1,
-        _FALLEN,
-    ),  # 0 at first, but for rounding
+    ("heldout/chosen_log_ratio", lambda nats: nats < -1e-3, 1, _FALLEN),
     ("dpo", lambda nats: abs(nats - math.log(2)) < 1e-5, 20, _STUCK),
 )
 
