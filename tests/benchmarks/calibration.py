@@ -18,13 +18,10 @@ from typing import Any
 
 import jax
 
-from rpo_jax.config import Mesh
-from rpo_jax.sharding.hlo import read_program
-from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, Seconds, estimate_seconds
+from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, Seconds
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.writing import write_json
-from tests.benchmarks.maxtext_step import compile_theirs, list_versions
+from tests.benchmarks.maxtext_step import compile_theirs, estimate, list_versions
 from tests.benchmarks.provenance import REPO, describe_run
 
 _OVERLAP = (
@@ -170,14 +167,11 @@ ANCHORS = (
 )
 
 
-def estimate(anchor: Anchor, venv: Path, cache: Path) -> Seconds:
+def read(anchor: Anchor, venv: Path, cache: Path) -> Seconds:
     """What the yardstick says of it."""
     name = anchor.name.partition(",")[0].replace(" ", "-")
     hlo = compile_theirs(venv, cache, name, anchor.fields, anchor.flags)["hlo"]
-    topology = open_topology(anchor.slice)
-    fsdp = len(topology.devices) // anchor.tensor
-    mesh = make_mesh(Mesh(data=1, fsdp=fsdp, tensor=anchor.tensor), topology.devices)
-    return estimate_seconds(read_program(hlo), topology, list(mesh.devices.flat))
+    return estimate(hlo, open_topology(anchor.slice), anchor.tensor)
 
 
 def main() -> None:
@@ -193,7 +187,7 @@ def main() -> None:
     for anchor in ANCHORS:
         if efficiency and args.only not in anchor.name:
             continue
-        seconds = estimate(anchor, args.venv, args.cache)
+        seconds = read(anchor, args.venv, args.cache)
         at_peak = seconds.kernels * KERNEL_EFFICIENCY
         rest = seconds.compute + seconds.communication
         efficiency = efficiency or at_peak / (anchor.seconds - rest)

@@ -24,8 +24,8 @@ import jax
 from rpo_jax.config import Mesh
 from rpo_jax.sharding.hlo import read_program
 from rpo_jax.sharding.mesh import make_mesh
-from rpo_jax.sharding.speed import estimate_seconds
-from rpo_jax.sharding.topology import open_topology
+from rpo_jax.sharding.speed import Seconds, estimate_seconds
+from rpo_jax.sharding.topology import Topology, open_topology
 from rpo_jax.writing import write_json
 
 REPO = Path(__file__).resolve().parents[2]
@@ -190,11 +190,17 @@ def _environment() -> dict[str, str]:
     }
 
 
-def read(compiled: Any, rows: int, fsdp: int, tensor: int) -> dict[str, float]:
-    """GB a chip, seconds by the one yardstick, and the share of peak."""
-    topology = open_topology(TOPOLOGY)
+def estimate(hlo: str, topology: Topology, tensor: int) -> Seconds:
+    """Of a step, by the one yardstick; what is not tensor parallelism is FSDP."""
+    fsdp = len(topology.devices) // tensor
     mesh = make_mesh(Mesh(data=1, fsdp=fsdp, tensor=tensor), topology.devices)
-    seconds = estimate_seconds(read_program(compiled["hlo"]), topology, list(mesh.devices.flat))
+    return estimate_seconds(read_program(hlo), topology, list(mesh.devices.flat))
+
+
+def read(compiled: Any, rows: int, tensor: int) -> dict[str, float]:
+    """GB a chip, seconds, and the share of peak."""
+    topology = open_topology(TOPOLOGY)
+    seconds = estimate(compiled["hlo"], topology, tensor)
     work = 6 * 72.7062e9 * rows * ROW
     return {
         "gb_a_chip": round(compiled["gb"], 2),
@@ -225,7 +231,7 @@ def main() -> None:
     for name, make, cases in (("MaxText", compile_beside, THEIRS), ("ours", compile_ours, OURS)):
         for case in cases:
             key = "{}: {} rows, fsdp {} x tensor {}, remat {}".format(name, *case)
-            found[key] = read(make(args.venv, args.cache, *case), *case[:3])
+            found[key] = read(make(args.venv, args.cache, *case), case[0], case[2])
             print(key, found[key], flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
