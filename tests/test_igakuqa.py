@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,12 +156,20 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
         read_questions(root)
 
 
+def test_a_clone_of_the_release_has_its_demonstrations_beside_the_data(tmp_path, igakuqa_dir):
+    (tmp_path / "data").mkdir()
+    released = tmp_path / "scripts/prompts/prompt.jsonl"
+    released.parent.mkdir(parents=True)
+    shutil.copy(igakuqa_dir / "prompt.jsonl", released)
+    assert read_demonstrations(tmp_path / "data") == read_demonstrations(igakuqa_dir)
+
+
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         read_questions(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no folder for \[2019\]; it has \[2018\]"):
         read_questions(write_exam(tmp_path, GOOD), years=[2019])
-    with pytest.raises(UserError, match=r"prompt\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"prompt\.jsonl does not exist, nor .*scripts/prompts"):
         read_demonstrations(tmp_path)
     (tmp_path / "2020").mkdir()
     with pytest.raises(UserError, match="2020 holds no file"):

@@ -37,6 +37,7 @@ SMALL = (
 PRELUDE = """
 set -euo pipefail
 pip() { :; }
+git() { :; }
 python() {
   case $2 in
     rpo_jax.evaluate) [[ $3 == --report ]] || set -- "$@" --limit 3 --explain_tokens 8 ;;
@@ -69,6 +70,14 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> None:
     shutil.copy(tokenizer, folder)
 
 
+def lay_out_release(clone: Path, exam: Path) -> None:
+    """The exam as a clone of its release has it: demonstrations outside the folder of the data."""
+    (clone / "data").mkdir(parents=True)
+    (clone / "scripts/prompts").mkdir(parents=True)
+    for path in exam.iterdir():
+        (clone / ("data" if path.is_dir() else "scripts/prompts") / path.name).symlink_to(path)
+
+
 def make_inputs(folder: Path, exam: Path) -> None:
     """What the page asks the user to bring."""
     documents = [document.text for document in make_world(0, SIZES["tiny"]).textbook]
@@ -91,6 +100,7 @@ def test_every_command_of_the_walkthrough_runs(tmp_path, igakuqa_dir, qwen_token
     commands = "".join(re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     make_checkpoint(tmp_path / HUB_ID, qwen_tokenizer)
     make_inputs(tmp_path, igakuqa_dir)
+    lay_out_release(tmp_path / "IgakuQA", igakuqa_dir)
     (tmp_path / "configs").symlink_to(REPO / "configs")
     small = "SMALL=(" + " ".join(f'"{override}"' for override in SMALL) + ")\n"
     done = subprocess.run(
@@ -100,7 +110,6 @@ def test_every_command_of_the_walkthrough_runs(tmp_path, igakuqa_dir, qwen_token
         | {
             "PYTHON": sys.executable,
             "HUB_ID": HUB_ID,
-            "IGAKUQA_DIR": str(igakuqa_dir),
             "XLA_FLAGS": "",  # one device, as the configs say
             "PYTHONPATH": str(REPO),
         },
@@ -113,8 +122,9 @@ def test_every_command_of_the_walkthrough_runs(tmp_path, igakuqa_dir, qwen_token
         assert f"+ -m rpo_jax.{verb}" in done.stdout
     after = json.loads((tmp_path / "runs/qwen25-mid-rpo/summary.json").read_text())["heldout"]
     assert "preference_accuracy" in after["after"]
-    assert (tmp_path / "runs/exam-cpt/comparison.html").exists()
+    assert list((tmp_path / "runs/qwen25-mid-cpt/exams").glob("igakuqa-*/comparison.html"))
     card = (tmp_path / "release/README.md").read_text()
-    assert f"base_model: {HUB_ID}\n" in card and "qwen25-mid-rpo" in card
+    for word in (f"base_model: {HUB_ID}\n", "qwen25-mid-rpo", "| exam | official points"):
+        assert word in card
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "release")
     assert (again.config.vocab_size, again.dtype) == (151936, torch.bfloat16)

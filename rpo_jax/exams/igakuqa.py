@@ -1,7 +1,8 @@
 """Read and write exams in the IgakuQA file format.
 
 Layout: ``{year}/{number}-{section}.jsonl`` with the questions, an optional
-``{number}-{section}_metadata.jsonl`` beside it, and ``prompt.jsonl`` with the demonstrations.
+``{number}-{section}_metadata.jsonl`` beside it, and ``prompt.jsonl`` with the demonstrations, which
+the release has outside its ``data`` folder.
 
 Source: arXiv:2303.18027 and its data release (github jungokasai/IgakuQA).
 """
@@ -19,6 +20,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.writing import write_whole
 
 DEMONSTRATIONS_FILE = "prompt.jsonl"
+_RELEASED = Path("scripts") / "prompts" / DEMONSTRATIONS_FILE  # beside data, in a clone
 FIRST_EXAM_YEAR = 1906  # exam 112 was held in 2018, and so on
 
 _QUESTION_KEYS = ("problem_id", "problem_text", "choices", "text_only", "answer")
@@ -108,15 +110,29 @@ def read_questions(directory: str | Path, years: Iterable[int] | None = None) ->
     return questions
 
 
+def find_demonstrations(directory: str | Path) -> Path:
+    """The ``prompt.jsonl`` of an exam: in its folder, or where a clone of the release has it.
+
+    Raises:
+        UserError: It is in neither place.
+    """
+    own = Path(directory) / DEMONSTRATIONS_FILE
+    released = Path(directory) / ".." / _RELEASED
+    for path in (own, released):
+        if path.is_file():
+            return path
+    raise UserError(f"{own} does not exist, nor {released}: the exam's demonstrations are wanted")
+
+
 def read_demonstrations(directory: str | Path) -> list[Question]:
-    """Reads the worked examples of ``prompt.jsonl`` in file order; they have no year and no points.
+    """Reads the worked examples of an exam in file order; they have no year and no points.
 
     Raises:
         UserError: There is no ``prompt.jsonl``, or a line breaks the format.
     """
     return [
         _parse_question(where, record, year=None)
-        for where, record in _read_lines(Path(directory) / DEMONSTRATIONS_FILE)
+        for where, record in _read_lines(find_demonstrations(directory))
     ]
 
 

@@ -272,7 +272,7 @@ def _prefer_exam(config: Config, years: Sequence[int]) -> PairSource:
     files = [path for year in folders for path in sorted(year.glob("*.jsonl"))]
     demonstrations = igakuqa.read_demonstrations(folder)
     return PairSource(
-        digest_files([*files, folder / igakuqa.DEMONSTRATIONS_FILE]),
+        digest_files([*files, igakuqa.find_demonstrations(folder)]),
         f"{OFFICIAL_COMPLETION_V1.name}, right over wrong",
         lambda: (_prefer(question, demonstrations) for question in questions),
     )
