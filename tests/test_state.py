@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from rpo_jax.config import Mesh, Optim
+from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.rules import make_shardings
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.state import abstract_state
 from tests.tiny import NETWORK
@@ -46,3 +48,13 @@ def test_moments_are_float32_whatever_the_weights_are():
     _, after = tx.update(grads, before, params)
     for state in (before, after):
         assert {leaf.dtype for leaf in jax.tree.leaves(state[0][1:])} == {jnp.dtype("float32")}
+
+
+def test_axes_that_collide_are_refused_by_the_name_of_the_array():
+    mesh = make_mesh(Mesh(data=1, fsdp=4, tensor=2))
+    arrays = {"mlp": {"up": jnp.ones((8, 8)), "down": jnp.ones((8, 8))}}
+    axes = {"mlp": {"up": ("embed", "mlp"), "down": ("mlp", "heads")}}
+    told = "mlp/down would be cut over 'tensor' twice, along 'mlp' and 'heads'"
+    with pytest.raises(UserError, match=told) as stop:
+        make_shardings(arrays, axes, mesh)
+    assert "mlp/up" not in str(stop.value)

@@ -1,5 +1,6 @@
 """One table from logical axes to mesh axes, for weights, activations and batches."""
 
+import math
 from typing import Any
 
 import jax
@@ -77,23 +78,31 @@ def make_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
         mesh: the device mesh.
 
     Raises:
-        UserError: an axis of an array does not divide by its mesh axes; names all such arrays.
+        UserError: an axis of an array does not divide by its mesh axes, or two of its axes are cut
+            over the same mesh axis; names all such arrays.
     """
     problems: list[str] = []
 
     def place(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
         assert len(names) == len(leaf.shape), (path, names, leaf.shape)
+        array = jax.tree_util.keystr(path, simple=True, separator="/")
+        taken: dict[str, str] = {}  # mesh axis -> the axis of the array that is cut over it
         for name, size in zip(names, leaf.shape, strict=True):
             cuts = RULES[name] if name is not None else ()
-            count = 1
-            for axis in cuts:
-                count *= mesh.shape[axis]
+            count = math.prod(mesh.shape[axis] for axis in cuts)
             if size % count:
                 problems.append(
-                    f"mesh: {jax.tree_util.keystr(path, simple=True, separator='/')} has {size} "
-                    f"along {name!r}, which {'*'.join(cuts)}={count} does not divide"
+                    f"mesh: {array} has {size} along {name!r}, which {'*'.join(cuts)}={count} "
+                    "does not divide"
                 )
-        return NamedSharding(mesh, partition_spec(names))
+            for axis in cuts:
+                if axis in taken:
+                    problems.append(
+                        f"mesh: {array} would be cut over {axis!r} twice, along {taken[axis]!r} "
+                        f"and {name!r}: the rules of these two collide"
+                    )
+                taken[axis] = str(name)
+        return NamedSharding(mesh, P() if problems else partition_spec(names))
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract, axes)
     if problems:

@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,21 @@ def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions of what a run is computed with."""
+    """Versions of what a run is computed with; of extras, `absent` where they are not installed."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "rpo_jax": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
+        **{name: _find_version(name) for name in ("libtpu", "qwix", "gcsfs")},
     }
+
+
+def _find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def list_changes(
