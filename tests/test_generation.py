@@ -126,6 +126,15 @@ def test_few_rows_on_a_mesh_are_those_of_one_device(params, rows):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+def test_the_cache_is_cut_over_rows_and_heads(params):
+    mesh = make_mesh(MESHES["data2-fsdp2-tensor2"], jax.devices())
+    with jax.set_mesh(mesh):
+        cache = jax.jit(lambda: make_cache(NETWORK, 8, 16))()
+    shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache)}
+    heads, width = SHAPE.num_key_value_heads, SHAPE.head_dim
+    assert shards == {(8 // 4, heads // 2, 16, width)}
+
+
 # Whole completions.
 
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rpo_jax.sharding.hlo import axes_of, read_group, read_program, sum_by_axes
+from rpo_jax.sharding.hlo import Transfer, axes_of, read_group, read_program, sum_by_axes
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
-from rpo_jax.sharding.topology import CHIPS, Topology
+from rpo_jax.sharding.topology import CHIPS, DCN_BYTES_PER_S, Topology
 
 # A loop of 5 turns: 100 cycles, a kernel, a permutation behind 70 cycles, and a fused
 # reduce-scatter; then, once, an all-gather and 1000 cycles.
@@ -162,6 +162,41 @@ def test_what_has_no_estimate_is_counted():
     program = read_program(UNKNOWN)
     assert program.cycles == 3
     assert program.unknown == {"fusion": 2, "sort": 1}
+
+
+SLICES = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = (bf16[64,32]{1,0}, u32[], token[]) send(%p, %after-all.1), channel_id=2, \
+is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="sum.1_0",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[64,32]{1,0}, u32[], token[]) recv(%after-all.1), channel_id=1, \
+is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="sum.1_0",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %fusion.1 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"500"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv-done.1 = (bf16[64,32]{1,0}, token[]) recv-done(%recv.1), channel_id=1, \
+is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %fusion.2 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_what_goes_between_slices_is_charged():
+    program = read_program(SLICES)
+    assert program.transfers == [Transfer("all-reduce", 4096, (), 500, 1, across_slices=True)]
+    assert not program.unknown
+    assert sum_by_axes(program, MESH) == {"slices": {"all-reduce": 4096.0}}
+    found = estimate_seconds(program, Topology("", CHIPS["v6e"], 3, []), [])
+    moved = 4096 * 2 * 2 / 3  # three slices
+    assert found.communication == pytest.approx(moved / DCN_BYTES_PER_S - 500 / 1.75e9)
+    assert found.compute == 507 / 1.75e9
 
 
 def test_collectives_are_told_by_mesh_axis():

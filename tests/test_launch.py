@@ -101,10 +101,14 @@ def test_create_queues_a_spot_slice_with_the_job_in_its_startup_script(cloud):
     assert "gcsfuse --implicit-dirs --rename-dir-limit=1000 --metadata-cache-ttl-secs=0 " in printed
     assert "docker pull us-docker.pkg.dev/my-project/rpo/rpo_jax@sha256:my-digest" in printed
     assert "systemctl enable --now rpo_jax.service" in printed
+    assert "\nExecStop=/usr/bin/docker stop --time=300 rpo_jax\n" in printed
+    # A mistake and a stop are final, anything else is tried again.
+    assert "\nRestart=on-failure\nRestartPreventExitStatus=2 143\n" in printed
     started = re.search(r"ExecStart=((?:.*\\\n)*.*)\n", printed)[1].replace("\\\n", " ")
     words = shlex.split(started)
     assert words[:2] == ["/usr/bin/docker", "run"]
     assert "--workdir=/mnt/rpo" in words
+    assert "--env=JAX_COMPILATION_CACHE_DIR=/mnt/rpo/jax_cache" in words
     assert_trains(words[words.index("python") :], processes=16)
     assert len(cloud.calls()) == 1  # the dry run did nothing
 

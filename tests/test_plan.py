@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rpo_jax import plan as command
 from rpo_jax.config import Lora, Mesh
 from rpo_jax.errors import UserError
+from rpo_jax.model.qwen2 import count_params
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import local_bytes, plan_program
 from rpo_jax.training.metrics import count_flops, count_recompute, forward_flops
+from rpo_jax.training.programs import make_job
 from rpo_jax.training.search import search
 from tests.tiny import NETWORK, SHAPE, make_config
 
@@ -63,7 +65,6 @@ def test_a_small_rpo_step_compiles_for_a_tpu(planned):
     sizes = plan["hbm_gb"]
     assert sizes["chip"] == 33.55
     assert 0 < sizes["total"] < 1
-    # Weights are cut over four chips, but for norms and biases; Adam holds two of each.
     assert plan["seconds"]["step"] == pytest.approx(
         sum(v for name, v in plan["seconds"].items() if name != "step"), abs=2e-4
     )
@@ -74,6 +75,17 @@ def test_a_small_rpo_step_compiles_for_a_tpu(planned):
     assert {"fsdp", "tensor"} <= set(plan["collectives_gb"])
     assert "DOES NOT FIT" not in command.format_plan(plan)
     assert json.loads(json.dumps(plan)) == plan
+    rate = plan["tokens_per_s_per_chip"]
+    assert plan["run_chip_hours"] == pytest.approx(1e9 / rate / 3600, abs=0.06)
+
+
+def test_what_a_step_holds_by_hand():
+    """Weights are cut over four chips, but for norms and biases; Adam holds two of each."""
+    job = make_job("step", small_run(), WIDE, open_topology("v6e:2x2").devices)
+    weights, moments = (local_bytes(job.holds[name]) for name in ("weights", "optimizer"))
+    whole = 4 * count_params(job.work.network)
+    assert whole / 4 < weights < whole / 4 * 1.02
+    assert moments == pytest.approx(2 * weights, abs=16)  # and a count
 
 
 def test_layers_are_cast_one_by_one(planned):
@@ -109,6 +121,28 @@ def test_other_programs_of_a_run_compile_too(program, kinds, tmp_path):
     assert plan["tokens_a_run"] == {"reference": 2 * 256, "decode": 16}[program]
     assert plan["model_tflops"] >= 0 and plan["seconds"]["step"] > 0
     assert "tokens/s/chip" in command.format_plan(plan)
+
+
+def test_several_slices_in_one_call_and_their_plans_in_a_file(tmp_path, capsys):
+    config = small_run(model={"shape": "laptop-names"}, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    config = dataclasses.replace(config, workdir=str(tmp_path))
+    path = tmp_path / "plans.json"
+    command.main(config, topology="v6e:1x1,v5e:1x1", json=str(path), tokens="2e9")
+    plans = json.loads(path.read_text())
+    assert [plan["topology"] for plan in plans] == ["v6e:1x1", "v5e:1x1"]
+    assert {plan["run_tokens"] for plan in plans} == {2e9}
+    printed = capsys.readouterr().out
+    assert printed.count("chip-hours for 2,000,000,000 tokens") == 2
+
+
+@pytest.mark.full
+def test_two_slices_are_compiled_as_one_run(tmp_path):
+    config = small_run(mesh={"data": 2, "fsdp": 2, "tensor": 2}, train={"batch_rows": 4})
+    plan = plan_for(config, "2*v6e:2x2", tmp_path)
+    assert plan["fits"] and plan["chips"] == 8
+    # Gradients are summed over the slices, and nothing else goes between them.
+    assert plan["collectives_gb"]["slices"].keys() == {"all-reduce"}
+    assert not {"send", "recv"} & plan["ops_without_estimate"].keys()
 
 
 @pytest.mark.parametrize(

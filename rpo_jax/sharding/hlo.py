@@ -19,6 +19,8 @@ _COLLECTIVES = (
 )
 # What computes nothing, or is counted by what it calls.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
+# A transfer between slices: a send to the host, and a receipt of what the others sent, summed up.
+_BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 
@@ -31,9 +33,10 @@ class Transfer:
         kind: all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all.
         output_bytes: of its result on one device.
         group: ids of the devices that talk with each other, of the first group; of a permutation
-            the first source and its target.
+            the first source and its target; of none where slices talk.
         between_cycles: compute scheduled between its start and its end, which hides it.
         times: it runs in a step.
+        across_slices: each device talks with its like in the other slices, by way of the hosts.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class Transfer:
     group: tuple[int, ...]
     between_cycles: int
     times: int
+    across_slices: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,13 @@ def read_program(text: str) -> Program:
                 collect(max(_branches(op), key=count_cycles), times)
             elif op.code == "custom-call" and "tpu_custom_call" in op.text:
                 program.kernels.append(_kernel(op, times))
+            elif _BETWEEN_SLICES in op.text:
+                if op.code == "send":
+                    hidden = _hidden_behind(op, _find_arrival(op, ops), ops, cycles_at)
+                    kind = op.find(r'_xla_megascale_transfer_type="(\w+)"')
+                    kind = kind.lower().replace("_", "-")
+                    size = _sizes(op.shape)[0]
+                    program.transfers.append(Transfer(kind, size, (), hidden, times, True))
             elif _is_unknown(op) and not any(_collectives(op, computations)):
                 program.unknown[op.code] += 1
             for kind, inner in _collectives(op, computations):
@@ -263,6 +274,13 @@ def _end(op: _Op, chain: str, ops: list[_Op], computations: dict[str, list[_Op]]
     return next((o for o in rest if o.code == done and waits.search(o.text)), rest[-1])
 
 
+def _find_arrival(send: _Op, ops: list[_Op]) -> _Op:
+    """The operation that waits for what comes back of what was sent to other slices."""
+    meeting = send.find(r'_xla_host_transfer_rendezvous="([^"]+)"')
+    receive = next(op for op in ops if op.code == "recv" and f'"{meeting}"' in op.text)
+    return next(op for op in ops if op.code == "recv-done" and f"(%{receive.name})" in op.text)
+
+
 def _hidden_behind(op: _Op, end: _Op, ops: list[_Op], cycles_at: Callable[[_Op], int]) -> int:
     """Cycles scheduled between the start of a transfer and the operation that waits for it."""
     return sum(map(cycles_at, ops[ops.index(op) + 1 : ops.index(end)]))
@@ -319,10 +337,13 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def sum_by_axes(program: Program, mesh_shape: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Bytes that each kind of collective puts out on a device, by the mesh axes it runs over."""
+    """Bytes that each kind of collective puts out on a device, by the mesh axes it runs over.
+
+    What goes between slices is told as `slices`.
+    """
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for transfer in program.transfers:
-        axes = axes_of(transfer.group, mesh_shape)
+        axes = "slices" if transfer.across_slices else axes_of(transfer.group, mesh_shape)
         sums[axes][transfer.kind] += transfer.output_bytes * transfer.times
     return {axes: dict(kinds) for axes, kinds in sums.items()}
 

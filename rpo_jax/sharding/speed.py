@@ -71,7 +71,8 @@ def kernel_flops(kernel: Kernel) -> float:
 
 def _transfer_seconds(transfer: Transfer, topology: Topology, devices: list) -> float:
     """What a collective takes with all links it can use to itself."""
-    chip, size = topology.chip, len(transfer.group)
+    chip = topology.chip
+    size = topology.slices if transfer.across_slices else len(transfer.group)
     if size < 2:
         return 0.0
     moved = transfer.output_bytes * {
@@ -80,9 +81,9 @@ def _transfer_seconds(transfer: Transfer, topology: Topology, devices: list) -> 
         "reduce-scatter": size - 1.0,
         "all-to-all": (size - 1) / size,
     }.get(transfer.kind, 1.0)
-    group = [devices[i] for i in transfer.group]
-    if len({getattr(d, "slice_index", 0) for d in group}) > 1:
+    if transfer.across_slices:
         return moved / (DCN_BYTES_PER_S / chip.devices)
+    group = [devices[i] for i in transfer.group]
     link = chip.ici_bytes_per_s / chip.devices / (2 * chip.torus)
     if transfer.kind == "collective-permute":
         return moved / link
