@@ -109,6 +109,10 @@ def format_plan(found: Plan) -> str:
         lines["would help"] = "; ".join(found["what_would_help"]) or "nothing this command knows"
         return _table(lines)
     seconds = found["seconds"]
+    if found["host_gb"]:
+        lines["host's memory"] = (
+            f"{found['host_gb']} GB a chip; copies to and fro cost no time here"
+        )
     lines |= {
         "fits": "yes, by the compiler",
         "FLOPs a step": f"{found['model_tflops']:,} T of the model, "

@@ -136,6 +136,28 @@ def test_several_slices_in_one_call_and_their_plans_in_a_file(tmp_path, capsys):
 
 
 @pytest.mark.full
+def test_a_row_may_be_cut_over_chips(tmp_path):
+    config = small_run(mesh={"data": 1, "fsdp": 1, "seq": 2, "tensor": 2})
+    plan = plan_for(config, "v6e:2x2", tmp_path)
+    assert plan["fits"] and "seq" in plan["collectives_gb"]
+    assert plan["ops_without_estimate"]["kernels_charged"] >= 2
+
+
+@pytest.mark.full
+def test_activations_may_wait_in_the_memory_of_the_host(tmp_path):
+    """Device temporaries fall by less than the host takes: copies on their way have buffers."""
+    deep = dataclasses.replace(WIDE, num_hidden_layers=24)
+    sizes = {}
+    for offload in (False, True):
+        config = small_run(model={"remat": "dots", "offload": offload}, train={"batch_rows": 64})
+        plan = plan_for(config, "v6e:2x2", tmp_path, shape=deep)
+        sizes[offload] = plan["hbm_gb"]["temporaries"], plan["host_gb"]
+        assert ("host's memory" in command.format_plan(plan)) == offload
+    assert sizes[True][0] < 0.9 * sizes[False][0]
+    assert sizes[False][1] == 0 < sizes[True][1]
+
+
+@pytest.mark.full
 def test_two_slices_are_compiled_as_one_run(tmp_path):
     config = small_run(mesh={"data": 2, "fsdp": 2, "tensor": 2}, train={"batch_rows": 4})
     plan = plan_for(config, "2*v6e:2x2", tmp_path)

@@ -37,6 +37,15 @@ _OUT_OF_MEMORY = re.compile(
     r"(?: of |\) exceeds available HBM \()([\d.]+)([KMG])"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# Bytes that are kept of a compiled program, and what XLA calls them.
+_MEMORY = {
+    "temporaries": "temp_size_in_bytes",
+    "arguments": "argument_size_in_bytes",
+    "outputs": "output_size_in_bytes",
+    "aliases": "alias_size_in_bytes",
+    "code": "generated_code_size_in_bytes",
+    "host": "host_temp_size_in_bytes",
+}
 
 
 def plan_program(
@@ -72,7 +81,8 @@ def _compile(
 
     `options` are those that it was lowered with, and part of what tells it from others.
     """
-    name = json.dumps([topology.name, *versions().values(), options]) + lowered.as_text()
+    facts = [topology.name, *versions().values(), options, *_MEMORY]
+    name = json.dumps(facts) + lowered.as_text()
     path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz"
     if path.is_file():
         return json.loads(gzip.decompress(path.read_bytes()))
@@ -90,10 +100,7 @@ def _compile(
         assert memory is not None, "every backend of XLA accounts for its memory"
         result = {
             "fits": True,
-            "temporaries": memory.temp_size_in_bytes,
-            "arguments": memory.argument_size_in_bytes,
-            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            "code": memory.generated_code_size_in_bytes,
+            **{kind: getattr(memory, name) for kind, name in _MEMORY.items()},
             "hlo": compiled.as_text(),
         }
     result["compile_seconds"] = round(time.monotonic() - began, 1)
@@ -138,11 +145,12 @@ def _memory(job: Job, topology: Topology, compiled: dict[str, Any]) -> Plan:
     has = topology.chip.hbm_bytes / 1e9
     compile_seconds = {"compile_seconds": compiled["compile_seconds"]}
     if compiled["fits"]:
+        results = compiled["outputs"] - compiled["aliases"]
         kinds = {
             **held,
             **beside,
             "batch": compiled["arguments"] * each - sum(held.values()),
-            "temporaries": (compiled["temporaries"] + compiled["results"]) * each,
+            "temporaries": (compiled["temporaries"] + results) * each,
             "code": compiled["code"] * each,
         }
         total = sum(kinds.values())
@@ -151,7 +159,8 @@ def _memory(job: Job, topology: Topology, compiled: dict[str, Any]) -> Plan:
         total = compiled["used"] * each + sum(beside.values())
     sizes = {name: round(size, 2) for name, size in {**kinds, "total": total, "chip": has}.items()}
     if compiled["fits"] and total <= has:
-        return {"fits": True, "hbm_gb": sizes, **compile_seconds}
+        host = round(compiled["host"] * each, 2)
+        return {"fits": True, "hbm_gb": sizes, "host_gb": host, **compile_seconds}
     return {
         "fits": False,
         "hbm_gb": sizes,
