@@ -77,6 +77,22 @@ def test_pairs_with_two_prompts_by_hand():
     }
 
 
+def test_a_pair_in_slots_by_hand():
+    layout = PairLayout(3, 4, prompt_targets=True, in_slots=True)
+    assert layout.slots == (3, 4, 4) and PairLayout(3, 4).slots == ()
+    assert lists(pair_row(TWO[:1], layout)) == {
+        "tokens": [5, 6, 0, 7, 2, 0, 0, 8, 9, 2, 0],
+        "segment_ids": [1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0],
+        "branch_ids": [0, 0, 0, 1, 1, 0, 0, 2, 2, 2, 0],
+        "positions": [0, 1, 0, 2, 3, 0, 0, 2, 3, 4, 0],
+        "target_index": [1, 3, 1, 7, 8, 0, 0, 0, 0, 0],
+        "labels": [7, 2, 8, 9, 2, 6, 0, 0, 0, 0],
+        "target_pair": [0] * 10,
+        "target_side": [CHOSEN] * 2 + [REJECTED] * 3 + [PROMPT] + [0] * 4,
+        "target_mask": [1] * 6 + [0] * 4,
+    }
+
+
 def test_stored_log_probs_lie_where_the_targets_lie():
     records = [{**r, "reference_logps": np.float32([-1, -2, -3, -4, -5, 0, 0])} for r in TWO]
     row = pair_row(records, PairLayout(4, 4))
@@ -92,9 +108,11 @@ SEQUENCE = st.lists(TOKEN, min_size=1, max_size=4)
     records=st.lists(st.tuples(SEQUENCE, SEQUENCE, SEQUENCE), min_size=1, max_size=3),
     share_prefix=st.booleans(),
     prompt_targets=st.booleans(),
+    in_slots=st.booleans(),
 )
-def test_targets_see_what_they_would_see_alone(records, share_prefix, prompt_targets):
-    layout = PairLayout(12, 12, share_prefix, prompt_targets)
+def test_targets_see_what_they_would_see_alone(records, share_prefix, prompt_targets, in_slots):
+    in_slots &= share_prefix and len(records) == 1
+    layout = PairLayout(12, 12, share_prefix, prompt_targets, in_slots)
     row = pair_row([pair(*record) for record in records], layout)
     count = 0
     for place, (prompt, chosen, rejected) in enumerate(records):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rpo_jax.config import Mesh as MeshConfig
-from rpo_jax.data.rows import PairLayout, pair_row
 from rpo_jax.errors import UserError
 from rpo_jax.model.attention import make_attend
 from rpo_jax.model.qwen2 import init_params
@@ -51,44 +50,85 @@ def packed_pairs(batch=2):
     return jnp.array(segments), jnp.array(branches)
 
 
-def value_and_gradients(name, arrays, segments, branches):
+SLOTS = (100, 70, 86)
+
+
+def slotted_pairs(batch=2):
+    """One pair a row in slots, none of them full."""
+    segments, branches = np.zeros((2, batch, ROWS), np.int32)
+    for row in range(batch):
+        for branch, (at, length) in enumerate([(0, 90), (100, 41 + row), (170, 60 - row)]):
+            segments[row, at : at + length] = 1
+            branches[row, at : at + length] = branch
+    return jnp.array(segments), jnp.array(branches)
+
+
+ROWS_OF = {
+    "documents": lambda: (documents(), None, ()),
+    "pairs": lambda: (*packed_pairs(), ()),
+    "slots": lambda: (*slotted_pairs(), SLOTS),
+}
+
+
+def value_and_gradients(name, arrays, segments, branches, slots=()):
     q, k, v, weight = arrays
     real = (segments > 0)[..., None, None]
 
     def total(q, k, v):
-        y, _ = make_attend(name, segments, branches)(q, k, v)
+        y, _ = make_attend(name, segments, branches, slots)(q, k, v)
         return jnp.sum(jnp.where(real, y * weight, 0).astype(jnp.float32)), jnp.where(real, y, 0)
 
     grads, y = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     return y, grads
 
 
-@pytest.mark.parametrize("rows", ["documents", "pairs"])
+@pytest.mark.parametrize("rows", ROWS_OF)
 def test_kernel_gives_what_dense_attention_gives(rows):
     """Values and gradients, of documents and of branches, at a head narrower than the lanes."""
-    segments, branches = (documents(), None) if rows == "documents" else packed_pairs()
-    wanted = value_and_gradients("dense", draw(), segments, branches)
-    found = value_and_gradients("splash_interpreted", draw(), segments, branches)
+    wanted = value_and_gradients("dense", draw(), *ROWS_OF[rows]())
+    found = value_and_gradients("splash_interpreted", draw(), *ROWS_OF[rows]())
     assert relative_difference(wanted[0], found[0]) < 2e-6
     assert relative_difference(wanted[1], found[1]) < 5e-6
 
 
-def test_a_response_does_not_see_the_other_one():
+@pytest.mark.parametrize("rows", ["pairs", "slots"])
+def test_a_response_does_not_see_the_other_one(rows):
     """By gradient: exactly 0 from rejected tokens to chosen keys, and from one pair to another."""
     q, k, v, _ = draw(width=128, dtype=jnp.bfloat16)
-    segments, branches = packed_pairs()
-    meet = make_attend("splash_interpreted", segments, branches)
-    query = ((segments == 2) & (branches == 2))[..., None, None]
+    segments, branches, slots = ROWS_OF[rows]()
+    meet = make_attend("splash_interpreted", segments, branches, slots)
+    last = segments.max()
+    query = ((segments == last) & (branches == 2))[..., None, None]
 
     def total(k, v):
         return jnp.sum(jnp.where(query, meet(q, k, v)[0], 0).astype(jnp.float32))
 
-    seen = (segments == 2) & (branches != 1)
+    seen = (segments == last) & (branches != 1)
     for grad in jax.jit(jax.grad(total, argnums=(0, 1)))(k, v):
         reached = np.abs(np.asarray(grad, np.float32)).sum(axis=(2, 3)) > 0
         np.testing.assert_array_equal(reached, seen)
 
 
+def test_one_pair_a_row_has_slots_and_needs_no_wider_heads():
+    config = make_config(
+        model={"attention": "splash_interpreted"},
+        data={"prompt_length": 128, "response_length": 64},
+    )
+    work = make_work(config)
+    assert work.row_network.slots == (128, 64, 64) and not work.network.slots
+    for section, field, value in (
+        ("data", "pairs_per_row", 2),
+        ("rpo", "share_prefix", False),
+        ("model", "attention", "dense"),
+    ):
+        other = dataclasses.replace(getattr(config, section), **{field: value})
+        lengths = {"prompt_length": 64} if field == "share_prefix" else {}
+        data = dataclasses.replace(other if section == "data" else config.data, **lengths)
+        changed = dataclasses.replace(config, **{section: other, "data": data})
+        assert not make_work(changed).row_network.slots, field
+
+
+@pytest.mark.parametrize("rows", ["pairs", "slots"])
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -98,12 +138,11 @@ def test_a_response_does_not_see_the_other_one():
     ],
     ids=str,
 )
-def test_on_a_mesh_it_gives_the_same(mesh):
-    segments, branches = packed_pairs()
+def test_on_a_mesh_it_gives_the_same(mesh, rows):
     arrays = draw(kv_heads=4)
-    wanted = value_and_gradients("dense", arrays, segments, branches)
+    wanted = value_and_gradients("dense", arrays, *ROWS_OF[rows]())
     with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1, **mesh}), jax.devices())):
-        found = value_and_gradients("splash_interpreted", arrays, segments, branches)
+        found = value_and_gradients("splash_interpreted", arrays, *ROWS_OF[rows]())
     assert relative_difference(wanted[0], found[0]) < 2e-6
     assert relative_difference(wanted[1], found[1]) < 5e-6
 
@@ -126,13 +165,14 @@ def test_where_it_cannot_run_it_is_refused(name, data, told):
 def test_an_rpo_step_does_not_care_for_the_implementation(mesh):
     """Loss and gradients of a whole network, all layers recomputed, rows cut over every axis."""
     lengths = {"prompt_length": 128, "response_length": 64}
-    rows = stack([pair_row([pair], PairLayout(**lengths)) for pair in pairs(2)])
-    rows["reference_logps"] = np.full(rows["labels"].shape, -4, np.float32) * rows["target_mask"]
     found = {}
     for name in ("dense", "splash_interpreted"):
         network = dataclasses.replace(NETWORK, attention=name, remat="full")
         config = make_config(data=lengths, train={"batch_rows": 2}, mesh={"data": 1, **mesh})
         work = make_work(config, network, jax.devices()[: 8 if mesh else 1])
+        rows = stack([work.make_row([pair]) for pair in pairs(2)])
+        reference = np.full(rows["labels"].shape, -4, np.float32)
+        rows["reference_logps"] = reference * rows["target_mask"]
         with jax.set_mesh(work.mesh):
             params = jax.jit(partial(init_params, network))(jax.random.key(0))
             gradients = jax.jit(partial(compute_gradients, work.objective, 1))

@@ -65,19 +65,29 @@ class PairLayout:
     A pair is prompt, chosen, rejected (one segment, branches 0, 1, 2) where the prefix is shared,
     and prompt, chosen, prompt, rejected (two segments, branch 0) where it is not. Either way both
     responses see the prompt and themselves, and their positions start where the prompt's end: the
-    two layouts give one result. Pairs stand one after the other; the rest of a row is padding.
+    two layouts give one result. Pairs stand one after the other; the rest of a row is padding. Or a
+    row is one pair, whose parts begin where the longest ones would: then who sees whom is known
+    before any row is.
 
     Attributes:
         prompt_length: most tokens of a prompt.
         response_length: most tokens of a response, its end of text included.
         share_prefix: whether one copy of the prompt serves both responses.
         prompt_targets: whether the prompt's own tokens are targets too.
+        in_slots: whether a row is one pair in slots of fixed lengths; the prefix is shared.
     """
 
     prompt_length: int
     response_length: int
     share_prefix: bool = True
     prompt_targets: bool = False
+    in_slots: bool = False
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Lengths of the slots of prompt, chosen and rejected; empty: there are none."""
+        lengths = (self.prompt_length, self.response_length, self.response_length)
+        return lengths if self.in_slots else ()
 
     @property
     def row_size(self) -> Size:
@@ -131,20 +141,21 @@ def pair_row(records: Sequence[Mapping[str, Any]], layout: PairLayout) -> Row:
 
 
 def _make_pair(record: Mapping[str, Any], layout: PairLayout) -> Row:
-    """A pair in a row of its own, without padding."""
+    """A pair in a row of its own, without padding but that of slots."""
     prompt, chosen, rejected = (record[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
     assert min(len(prompt), len(chosen), len(rejected)) >= 1, "checked when records are made"
-    n, chosen_end = len(prompt), len(prompt) + len(chosen)
+    n = len(prompt)
     # Ids, segment, branch and first position of each part.
     if layout.share_prefix:
         parts = [(prompt, 1, 0, 0), (chosen, 1, 1, n), (rejected, 1, 2, n)]
-        rejected_at, last_prompt = chosen_end, n - 1
     else:
         parts = [(prompt, 1, 0, 0), (chosen, 1, 0, n), (prompt, 2, 0, 0), (rejected, 2, 0, n)]
-        rejected_at, last_prompt = chosen_end + n, chosen_end + n - 1
+    lengths = layout.slots or tuple(len(ids) for ids, *_ in parts)
+    _, chosen_at, *_, rejected_at = (sum(lengths[:place]) for place in range(len(parts)))
+    last_prompt = n - 1 if layout.share_prefix else rejected_at - 1
     # Side, labels, and where each is predicted.
     targets = [
-        (CHOSEN, chosen, [n - 1, *range(n, chosen_end - 1)]),
+        (CHOSEN, chosen, [n - 1, *range(chosen_at, chosen_at + len(chosen) - 1)]),
         (REJECTED, rejected, [last_prompt, *range(rejected_at, rejected_at + len(rejected) - 1)]),
     ]
     if layout.prompt_targets:
@@ -153,11 +164,14 @@ def _make_pair(record: Mapping[str, Any], layout: PairLayout) -> Row:
     def join(arrays: list[Any]) -> np.ndarray:
         return np.concatenate(arrays).astype(np.int32)
 
+    def lay(arrays: list[Any]) -> np.ndarray:
+        return join([_join([x], length) for x, length in zip(arrays, lengths, strict=True)])
+
     pair = {
-        "tokens": join([ids for ids, *_ in parts]),
-        "segment_ids": join([np.full(len(ids), segment) for ids, segment, _, _ in parts]),
-        "branch_ids": join([np.full(len(ids), branch) for ids, _, branch, _ in parts]),
-        "positions": join([start + np.arange(len(ids)) for ids, _, _, start in parts]),
+        "tokens": lay([ids for ids, *_ in parts]),
+        "segment_ids": lay([np.full(len(ids), segment) for ids, segment, _, _ in parts]),
+        "branch_ids": lay([np.full(len(ids), branch) for ids, _, branch, _ in parts]),
+        "positions": lay([start + np.arange(len(ids)) for ids, _, _, start in parts]),
         "labels": join([labels for _, labels, _ in targets]),
         "target_index": join([index for _, _, index in targets]),
         "target_side": join([np.full(len(labels), side) for side, labels, _ in targets]),

@@ -65,6 +65,7 @@ def make_attend(
     implementation: str,
     segment_ids_BT: Int[Array, "B T"],
     branch_ids_BT: Int[Array, "B T"] | None,
+    slots: tuple[int, ...] = (),
 ) -> Attend:
     """How queries meet keys in rows that are read whole, by `model.attention` of the config.
 
@@ -72,6 +73,8 @@ def make_attend(
         implementation: dense, blocks, splash or splash_interpreted.
         segment_ids_BT: as in `visible`.
         branch_ids_BT: as in `visible`; None: all tokens are on the trunk.
+        slots: of prompt, chosen and rejected, where each row has its branches there: known before
+            the row is, they cost splash nothing.
     """
     if implementation in ("dense", "blocks"):
         trunk_BT = jnp.zeros_like(segment_ids_BT)
@@ -84,6 +87,7 @@ def make_attend(
         splash_attend,
         segment_ids_BT=segment_ids_BT,
         branch_ids_BT=branch_ids_BT,
+        slots=slots,
         interpret=implementation == "splash_interpreted",
     )
 

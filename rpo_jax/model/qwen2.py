@@ -42,7 +42,8 @@ class Network:
     """A shape together with how it is computed; hashable, so that it can be a static argument.
 
     With `lora`, the weights of layers and tables are frozen and adapters are trained over them;
-    `quantize` names the form in which frozen kernels are held ("" is `param_dtype`).
+    `quantize` names the form in which frozen kernels are held ("" is `param_dtype`). `slots` are
+    those of `PairLayout`, where the rows to be read are laid out so.
     """
 
     shape: ModelShape
@@ -54,6 +55,7 @@ class Network:
     lora: Lora | None = None
     quantize: str = ""
     offload: bool = False
+    slots: tuple[int, ...] = ()
 
     @property
     def base(self) -> "Network":
@@ -322,7 +324,7 @@ def forward(
     Adapters act if `params` has them ("lora"), and with dropout if there are seeds for it.
     """
     x_BTD = embed(network, params, tokens_BT)
-    meet = make_attend(network.attention, segment_ids_BT, branch_ids_BT)
+    meet = make_attend(network.attention, segment_ids_BT, branch_ids_BT, network.slots)
     stacked = layer_variables(params)
     if dropout_seed_B is not None:
         count = network.shape.num_hidden_layers

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding
@@ -26,13 +27,15 @@ def splash_attend(
     segment_ids_BT: Int[Array, "B T"],
     branch_ids_BT: Int[Array, "B T"] | None,
     *,
+    slots: tuple[int, ...] = (),
     interpret: bool,
 ) -> tuple[Float[Array, "B T N H"], None]:
     """What `attend` gives under `visible`, without ever holding the scores of a row.
 
-    The kernel knows a causal mask and segments. Branches are told to it in the product of query and
-    key itself: the heads are widened by two columns, whose product is -2^20 where a query looks at
-    a branch that is neither its own nor the trunk, and 0 elsewhere. Branch ids are 0, 1 and 2.
+    The kernel knows segments, and a mask that is the same for all rows. Branches that have their
+    slots are in that mask. Elsewhere they are told to it in the product of query and key itself:
+    the heads are widened by two columns, whose product is -2^20 where a query looks at a branch
+    that is neither its own nor the trunk, and 0 elsewhere. Branch ids are 0, 1 and 2.
 
     On a mesh (`jax.set_mesh`) each device has its own rows, heads and, with an axis `seq`, queries;
     keys and values of a row are gathered over `seq`.
@@ -43,20 +46,22 @@ def splash_attend(
         v_BSKH: values.
         segment_ids_BT: as in `visible`.
         branch_ids_BT: as in `visible`; None: all tokens are on the trunk.
+        slots: as in `make_attend`.
         interpret: run the kernel's program on a CPU, slowly.
 
     Source: ours but for the kernel; gathering keys and values is arXiv:2407.21783, section 3.3.2.
     """
     width = q_BTNH.shape[-1]
     q_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
-    if branch_ids_BT is not None:
+    if branch_ids_BT is not None and not slots:
         q_BTNH, k_BSKH = _tell_branches(q_BTNH, k_BSKH, branch_ids_BT)
     q_BTNH, k_BSKH, v_BSKH = (_widen(x) for x in (q_BTNH, k_BSKH, v_BSKH))
 
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape) or {"tensor": 1, "seq": 1}
     rows, heads = q_BTNH.shape[1], q_BTNH.shape[2]
-    kernel = _make_kernel(rows, heads, sizes["tensor"], sizes["seq"], interpret)
+    mask = masks.MultiHeadMask([_make_mask(rows, slots)] * heads)
+    kernel = _make_kernel(mask, sizes["tensor"], sizes["seq"], interpret)
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     run = _run
     if not mesh.empty:
@@ -99,7 +104,21 @@ def _widen(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
 
 
-def _make_kernel(rows: int, heads: int, head_shards: int, row_shards: int, interpret: bool):  # type: ignore[no-untyped-def]
+def _make_mask(rows: int, slots: tuple[int, ...]) -> masks.Mask:
+    """What every row of this layout may see: nothing later, and no response the other."""
+    if not slots:
+        return masks.CausalMask((rows, rows))
+    prompt, chosen, rejected = slots
+    assert prompt + chosen + rejected == rows, (slots, rows)
+    seen_TS = np.tri(rows, dtype=bool)
+    seen_TS[prompt + chosen :, prompt : prompt + chosen] = False
+    return masks.NumpyMask(seen_TS)
+
+
+def _make_kernel(  # type: ignore[no-untyped-def]
+    mask: masks.MultiHeadMask, head_shards: int, row_shards: int, interpret: bool
+):
+    rows = mask.shape[-1]
     local = rows // row_shards
     assert local % LANES == 0 and local * row_shards == rows, (rows, row_shards)
     block = LANES * math.gcd(local // LANES, _LARGEST_BLOCK // LANES)
@@ -113,7 +132,6 @@ def _make_kernel(rows: int, heads: int, head_shards: int, row_shards: int, inter
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((rows, rows))] * heads)
     return kernels.make_splash_mha(
         mask,
         block_sizes=sizes,

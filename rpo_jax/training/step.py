@@ -210,7 +210,7 @@ def make_score(work: Workload, abstract: Params) -> jax.stages.Wrapped:
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         lambda params, batch: target_logps(
-            work.network, params, batch, make_projection(work.config)
+            work.row_network, params, batch, make_projection(work.config)
         ),
         in_shardings=(places, batch_sharding(work.mesh)),
         out_shardings=replicated(work.mesh),
@@ -226,8 +226,8 @@ def make_divergence(work: Workload) -> jax.stages.Wrapped:
 
     def measure(params: Params, whole: Params, batch: Batch) -> tuple[Array, Array]:
         kl_BM = token_divergences(
-            target_states(work.network, params, batch),
-            target_states(work.network.base, whole, batch),
+            target_states(work.row_network, params, batch),
+            target_states(work.row_network.base, whole, batch),
             head_table(params),
             head_table(whole),
             make_projection(work.config),

@@ -1,7 +1,7 @@
 """What a config asks for, built: network, mesh, objective, and rows for it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -40,6 +40,11 @@ class Workload:
     hyper: Hyper
     make_row: MakeRow
     layout: PairLayout | None = None
+
+    @property
+    def row_network(self) -> Network:
+        """The network as it reads the rows of this stage."""
+        return replace(self.network, slots=self.layout.slots if self.layout else ())
 
     @property
     def micro_rows(self) -> int:
@@ -96,13 +101,21 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
             config.data.response_length,
             share_prefix=config.rpo.share_prefix,
             prompt_targets=config.rpo.nll_tokens == "prompt+completion",
+            in_slots=_has_slots(config),
         )
-        objective = make_rpo_objective(network, config.rpo, how, config.data.pairs_per_row)
+        reads = replace(network, slots=layout.slots)
+        objective = make_rpo_objective(reads, config.rpo, how, config.data.pairs_per_row)
         make_row = partial(pair_row, layout=layout)
         work = Workload(config, network, mesh, objective, hyper, make_row, layout)
     if config.model.attention.startswith("splash"):
         _check_splash(work)
     return work
+
+
+def _has_slots(config: Config) -> bool:
+    """Whether rows are one pair in slots: for splash, where that does not make them longer."""
+    alone = config.data.pairs_per_row == 1 and config.data.row_sizes == 1
+    return config.model.attention.startswith("splash") and config.rpo.share_prefix and alone
 
 
 def _check_splash(work: Workload) -> None:
