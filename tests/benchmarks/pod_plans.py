@@ -9,10 +9,6 @@ lines that contain a word, the others stay as they are.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,9 @@ from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import BASIS, plan_program
 from rpo_jax.writing import write_json
+from tests.benchmarks.provenance import REPO, describe_run
 from tests.lowering.test_configs import MID, PODS
 
-REPO = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).with_suffix(".json")
 TABLE = REPO / "docs" / "plans.md"
 
@@ -72,6 +68,7 @@ def format_row(plan: dict[str, Any]) -> str:
         ]
     else:
         cells += [f"too large by {plan['too_large_by_gb']} GB", "", ""]
+    cells.append(f"{plan['compile_seconds']:.0f} s")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -86,8 +83,8 @@ counts useful work only: a prompt once for both of its responses, no recomputati
 of frozen weights.
 
 | config | program | slice | chips | mesh | rows / micro-batches | remat | GB a chip | \
-s = compute + kernels + exposed communication | tokens/s/chip | MFU |
-|---|---|---|---|---|---|---|---|---|---|---|
+s = compute + kernels + exposed communication | tokens/s/chip | MFU | compiled in |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -96,8 +93,9 @@ def write_table(figures: dict[str, Any]) -> None:
         figures["plans"][key] for line in LINES if (key := name_line(*line)) in figures["plans"]
     ]
     minutes = sum(plan["compile_seconds"] for plan in plans) / 60
+    machine = plans[0]["made"]["machine"].partition(", load")[0]
     told = f"{len(plans)} of {len(LINES)} lines have been compiled, in {minutes:.0f} minutes "
-    told += f"({figures['machine']})."
+    told += f"({machine}); commit and date of each are in the figures."
     versions = plans[0]["versions"]
     TABLE.parent.mkdir(exist_ok=True)
     rows = "\n".join(map(format_row, plans))
@@ -116,16 +114,7 @@ def main() -> None:
         if args.only not in key:
             continue
         print(key, flush=True)
-        figures["plans"][key] = plan_line(*line, args.cache)
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
-        )
-        figures |= {
-            "command": Path(__file__).name,
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
+        figures["plans"][key] = {**plan_line(*line, args.cache), "made": describe_run()}
         write_json(FIGURES, figures)
         write_table(figures)
 
