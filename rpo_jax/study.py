@@ -239,7 +239,8 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     if from_start:
         drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "rpo.alpha")
         paths += [drawn] if drawn else []
-    tables = [format_heldout(rows), format_arms(compared, rows), format_sections(compared)]
+    tables = [format_heldout(rows), format_arms(compared, rows)]
+    tables += [format_sections(compared), format_kinds(compared)]
     tables += _say_seeds(rows)
     return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
 
@@ -285,6 +286,16 @@ def format_sections(compared: Mapping[str, Mapping[str, Any]]) -> str:
     for arm, found in compared.items():
         shares = [found["sections"][part][mode]["value"] for part in parts for mode in MODES]
         table.append([arm, *(f"{share:.1%}" for share in shares)])
+    return format_table(table)
+
+
+def format_kinds(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy by kind of question, answering only / explaining first."""
+    kinds = list(next(iter(compared.values()))["kinds"])
+    table = [["right, %", *kinds]]
+    for arm, found in compared.items():
+        pairs = [[found["kinds"][kind][mode]["value"] for mode in MODES] for kind in kinds]
+        table.append([arm, *(" / ".join(f"{100 * share:.0f}" for share in pair) for pair in pairs)])
     return format_table(table)
 
 

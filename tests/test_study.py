@@ -220,6 +220,11 @@ def test_arms_are_compared_question_by_question(questions):
     shares = [cpt["sections"][part][EXPLAIN_FIRST]["value"] for part in ("ABC", "DEF")]
     weights = [seen.count(True) / 40, seen.count(False) / 40]
     assert np.dot(shares, weights) == pytest.approx(6 / 20)
+    kinds = [question.category for question in questions]
+    assert set(cpt["kinds"]) == set(kinds)
+    changes = [cpt["kinds"][kind]["difference"]["value"] for kind in set(kinds)]
+    counts = [kinds.count(kind) / 20 for kind in set(kinds)]
+    assert np.dot(changes, counts) == pytest.approx(-6 / 20)
 
 
 def test_an_interval_is_that_of_a_mean_over_questions():
@@ -245,6 +250,8 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     (line,) = [line for line in told.splitlines() if line.startswith("cpt")]
     assert "60.0%" in line and "30.0%" in line and "-30.0 (" in line and "100% / 100%" in line
     assert "ABC" in study.format_sections(compared)
+    (line,) = [x for x in study.format_kinds(compared).splitlines() if x.startswith("rpo")]
+    assert line.count(" / ") == len(compared["cpt"]["kinds"])
     held = study.format_heldout(rows)
     assert "nats/token" in held and "1,234" in held
     assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000

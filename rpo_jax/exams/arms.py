@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
+from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.scoring import Mark, measure_rates
 from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
 
@@ -60,7 +61,8 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         Estimates ``{value, low, high}`` of ``answer_only``, ``explain_first``, ``difference``
         (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
         (these less the same of `start`, paired by question), with ``questions``, ``runs``,
-        ``mcnemar`` a run, and under ``sections`` the first three for each part of `PARTS`.
+        ``mcnemar`` a run, and the first three under ``sections`` for each part of `PARTS` and under
+        ``kinds`` for each category of question.
     """
     found = {}
     base = [sat for sat in sats if sat.arm == start]
@@ -69,17 +71,14 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         by_mode = {mode: _pool(own, mode) for mode in MODES}
         change_Q = by_mode[EXPLAIN_FIRST] - by_mode[ANSWER_ONLY]
         measures = {**by_mode, "difference": change_Q}
-        sections_Q = _list_sections(own)
+        asked_Q = _list_questions(own)
+        parts_Q = [next(part for part in PARTS if question.section in part) for question in asked_Q]
         result: dict[str, Any] = {
             "runs": len(own),
             "questions": len(change_Q),
             **{name: estimate(values_Q) for name, values_Q in measures.items()},
-            "sections": {
-                part: {name: estimate(values_Q[here]) for name, values_Q in measures.items()}
-                for part in PARTS
-                for here in [np.array([section in part for section in sections_Q])]
-                if here.any()
-            },
+            "sections": _estimate_each(measures, parts_Q),
+            "kinds": _estimate_each(measures, [question.category for question in asked_Q]),
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
         if arm != start:
@@ -98,6 +97,17 @@ def estimate(values_Q: np.ndarray) -> dict[str, float]:
     return {"value": float(values_Q.mean()), "low": low / count, "high": high / count}
 
 
+def _estimate_each(
+    measures: Mapping[str, np.ndarray], names_Q: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Estimates over the questions of each name, by name."""
+    places = {name: np.array(names_Q) == name for name in sorted(set(names_Q))}
+    return {
+        name: {measure: estimate(values_Q[here]) for measure, values_Q in measures.items()}
+        for name, here in places.items()
+    }
+
+
 def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
     """The mean over seeds of each question, of one world after the other."""
     return np.concatenate(
@@ -105,10 +115,10 @@ def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
     )
 
 
-def _list_sections(sats: Sequence[Sat]) -> list[str]:
-    """The section of each question, in the same order."""
+def _list_questions(sats: Sequence[Sat]) -> list[Question]:
+    """What was asked, in the order of `_pool`."""
     marks = [mark for same in _by_world(sats) for mark in same[0].marks[ANSWER_ONLY]]
-    return [mark.question.section for mark in marks]
+    return [mark.question for mark in marks]
 
 
 def _by_world(sats: Sequence[Sat]) -> list[list[Sat]]:
