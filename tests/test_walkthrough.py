@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from rpo_jax.exams.fictional import SIZES, make_world
 from rpo_jax.exams.igakuqa import read_questions
+
+torch = pytest.importorskip("torch", reason="wants the `parity` extra")
+transformers = pytest.importorskip("transformers", reason="wants the `parity` extra")
+pytest.importorskip("libtpu", reason="compiling for TPUs wants libtpu: pip install .[tpu]")
 
 REPO = Path(__file__).resolve().parents[1]
 HUB_ID = "Qwen/Qwen2.5-0.5B"  # here a folder
