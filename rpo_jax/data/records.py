@@ -59,7 +59,7 @@ def pair_features() -> Features:
 
 
 @dataclass(frozen=True)
-class Records(Sequence[Example]):
+class Records(Sequence[Any]):  # of Any: a check of types at run time would read a record
     """An opened record set: `records[i]` is a dict of int32 arrays and strings.
 
     Attributes:
@@ -70,7 +70,7 @@ class Records(Sequence[Example]):
 
     directory: Path
     info: Mapping[str, Any]
-    source: Sequence[Example] = dataclasses.field(repr=False)
+    source: Sequence[Any] = dataclasses.field(repr=False)
 
     @property
     def fingerprint(self) -> str:
