@@ -240,7 +240,7 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
         drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "rpo.alpha")
         paths += [drawn] if drawn else []
     tables = [format_heldout(rows), format_arms(compared, rows)]
-    tables += [format_sections(compared), format_kinds(compared)]
+    tables += [format_sections(compared), format_kinds(compared), format_explanations(compared)]
     tables += _say_seeds(rows)
     return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
 
@@ -296,6 +296,23 @@ def format_kinds(compared: Mapping[str, Mapping[str, Any]]) -> str:
     for arm, found in compared.items():
         pairs = [[found["kinds"][kind][mode]["value"] for mode in MODES] for kind in kinds]
         table.append([arm, *(" / ".join(f"{100 * share:.0f}" for share in pair) for pair in pairs)])
+    return format_table(table)
+
+
+def format_explanations(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """What explanations get right of the choices; a verdict that is guessed is right in 50 %."""
+    heads = {
+        "line": "judged",
+        "needed": "with its fact",
+        "wrong": "wrong fact",
+        "other": "another's",
+        "none": "no fact",
+        "verdict": "verdict, fact told",
+        "follows": "ends as judged",
+    }
+    table = [["explanations, %", *heads.values()]]
+    for arm, found in compared.items():
+        table.append([arm, *(f"{100 * found['explanations'][name]:.0f}" for name in heads)])
     return format_table(table)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
+from rpo_jax.exams.fictional.anatomy import take_apart
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.scoring import Mark, measure_rates
 from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
@@ -61,8 +62,9 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         Estimates ``{value, low, high}`` of ``answer_only``, ``explain_first``, ``difference``
         (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
         (these less the same of `start`, paired by question), with ``questions``, ``runs``,
-        ``mcnemar`` a run, and the first three under ``sections`` for each part of `PARTS` and under
-        ``kinds`` for each category of question.
+        ``mcnemar`` a run, the first three under ``sections`` for each part of `PARTS` and under
+        ``kinds`` for each category of question, and what its ``explanations`` get right, see
+        `fictional.anatomy.take_apart`.
     """
     found = {}
     base = [sat for sat in sats if sat.arm == start]
@@ -79,6 +81,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             **{name: estimate(values_Q) for name, values_Q in measures.items()},
             "sections": _estimate_each(measures, parts_Q),
             "kinds": _estimate_each(measures, [question.category for question in asked_Q]),
+            "explanations": _take_apart(own),
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
         if arm != start:
@@ -113,6 +116,11 @@ def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
     return np.concatenate(
         [np.mean([sat.right(mode) for sat in same], 0) for same in _by_world(sats)]
     )
+
+
+def _take_apart(sats: Sequence[Sat]) -> dict[str, float]:
+    marks = [mark for sat in sats for mark in sat.marks[EXPLAIN_FIRST]]
+    return take_apart([mark.question for mark in marks], [mark.response.text for mark in marks])
 
 
 def _list_questions(sats: Sequence[Sat]) -> list[Question]:
