@@ -110,11 +110,14 @@ keep() {
     return
   fi
   while true; do
-    # No state: there is no such request, or nobody answers; asking again does no harm.
-    case $(state || true) in
+    local found
+    # No state: there is no such request, or nobody answers. Then nothing is deleted: a slice that
+    # runs meanwhile stays, since it cannot be created twice.
+    found=$(state || true)
+    case $found in
     SUSPENDED | FAILED | '')
-      echo "$(date -u +%FT%TZ) $NAME is gone: asking for it again"
-      queue delete --force --quiet || true
+      echo "$(date -u +%FT%TZ) $NAME is ${found:-not there}: asking for it again"
+      [[ -z $found ]] || queue delete --force --quiet || true
       create || true
       ;;
     esac

@@ -124,6 +124,32 @@ def assert_trains(words, processes):
     assert values["processes"] == str(processes)
 
 
+def test_a_dry_run_of_create_and_keep_tells_and_does_nothing(cloud):
+    call, _, startup = cloud.run("tpu_vm.sh", "create", "--dry-run").partition("\n")
+    assert create_call(shlex.split(call)) == [*CREATE, "--node-id=rpo-72b", "--spot"]
+    assert startup.startswith("#!/usr/bin/env bash\nNAME=rpo-72b\n")
+    (call,) = cloud.run("tpu_vm.sh", "keep", "--dry-run").splitlines()
+    assert shlex.split(call)[4:6] == ["describe", "rpo-72b"]
+    assert not cloud.calls()
+
+
+def test_each_job_trains_on_the_slice_that_it_asks_for(cloud):
+    hosts = {"72b_rpo.env": 16, "72b_cpt.env": 16}
+    assert {path.name for path in LAUNCH.glob("*.env")} == set(hosts)
+    for file, count in hosts.items():
+        told = cloud.run("tpu_vm.sh", "create", "--dry-run", str(LAUNCH / file))
+        settings = dict(re.findall(r"^(HOSTS|COMMAND|NAME)=(.*)$", told, re.MULTILINE))
+        assert settings["HOSTS"] == str(count)
+        command = shlex.split(shlex.split(settings["COMMAND"])[0])
+        here = [word.replace("/rpo_jax/configs", str(REPO / "configs")) for word in command[2:]]
+        config, _ = cli.parse(train.main, here, {"dry_run": ""}, OPTIONS)
+        assert config.stage in file and config.name == "qwen25-72b-" + config.stage
+        mesh = config.mesh
+        chips = mesh.data * mesh.fsdp * mesh.seq * mesh.tensor
+        assert chips == 4 * count  # a v5p host has four
+        assert f"--accelerator-type=v5p-{2 * chips}" in told
+
+
 def test_several_slices_are_one_request(cloud):
     cloud.run("tpu_vm.sh", "create", SLICES="2", HOSTS="32", SPOT="no")
     (call,) = cloud.calls()
@@ -172,8 +198,17 @@ def test_all_slices_are_told_to_stop(cloud):
     assert sorted(call[5] for call in cloud.calls()) == ["rpo-72b-0", "rpo-72b-1"]
 
 
-@pytest.mark.parametrize("state", ["SUSPENDED\n", "FAILED\n", ""], ids=repr)
-def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state):
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [
+        ("SUSPENDED\n", ["describe", "delete", "create", "describe", "describe"]),
+        ("FAILED\n", ["describe", "delete", "create", "describe", "describe"]),
+        # Nobody answered: what may still run is not deleted.
+        ("", ["describe", "create", "describe", "describe"]),
+    ],
+    ids=["suspended", "failed", "unknown"],
+)
+def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state, calls):
     cloud.calls_file.with_name("calls.state").write_text(state)
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "tpu_vm.sh"), "keep"],
@@ -182,19 +217,13 @@ def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state):
         text=True,
     )
     deadline = time.monotonic() + 300
-    while len(cloud.calls()) < 5:
+    while len(cloud.calls()) < len(calls):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
     said, _ = process.communicate()
-    assert "rpo-72b is gone: asking for it again" in said
-    assert [call[4] for call in cloud.calls()][:5] == [
-        "describe",
-        "delete",
-        "create",
-        "describe",
-        "describe",
-    ]
+    assert f"rpo-72b is {state.strip() or 'not there'}: asking for it again" in said
+    assert [call[4] for call in cloud.calls()][: len(calls)] == calls
 
 
 def test_what_it_does_not_know_it_refuses(cloud):

@@ -101,7 +101,9 @@ def test_the_same_program_is_not_compiled_again(planned, monkeypatch):
     stored = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(stored) == 1
     # Alpha and beta are traced: a sweep over them is one program.
-    swept = dataclasses.replace(small_run(), rpo=dataclasses.replace(small_run().rpo, alpha=0.25))
+    rpo = dataclasses.replace(small_run().rpo, alpha=0.25, beta=0.5)
+    assert (rpo.alpha, rpo.beta) != (small_run().rpo.alpha, small_run().rpo.beta)
+    swept = dataclasses.replace(small_run(), rpo=rpo)
     assert plan_for(swept, "v6e:2x2", cache) == plan
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stored
 

@@ -78,9 +78,10 @@ Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/po
 {told}
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
-a TPU. GB are 10^9 bytes a chip, of what the compiler lets a program have. Seconds are {basis}. MFU
-counts useful work only: a prompt once for both of its responses, no recomputation, and no gradients
-of frozen weights.
+a TPU. GB are 10^9 bytes a chip, of what the compiler lets a program have. Seconds are
+{basis}
+([estimates.md](estimates.md)). MFU counts useful work only: a prompt once for both of its
+responses, no recomputation, and no gradients of frozen weights.
 
 | config | program | slice | chips | mesh | rows / micro-batches | remat | GB a chip | \
 s = compute + kernels + exposed communication | tokens/s/chip | MFU | compiled in |
