@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -12,9 +13,17 @@ DEVICES = 4  # of all processes of a run together
 
 
 def start(
-    count: int, words: list[str], *more: list[str], env: dict[str, str] | None = None
+    count: int,
+    words: list[str],
+    *more: list[str],
+    env: dict[str, str] | None = None,
+    last_env: dict[str, str] | None = None,
+    absent: Collection[int] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts `python -m <words>` as processes of one run; `more[i]` goes to process i alone."""
+    """Starts `python -m <words>` as processes of one run; `more[i]` goes to process i alone.
+
+    `last_env` is added to the environment of the last process; those `absent` are not started.
+    """
     port = find_ports()
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES // count}")
     env = os.environ | (env or {}) | {"XLA_FLAGS": flags}
@@ -24,11 +33,12 @@ def start(
         own = [f"--coordinator=localhost:{port}", f"--process={index}"] if count > 1 else []
         own += more[index] if index < len(more) else []
         pipe = subprocess.PIPE
+        here = env | (last_env or {}) if index == count - 1 else env
         return subprocess.Popen(
-            [*command, *own], cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True
+            [*command, *own], cwd=REPO, env=here, stdout=pipe, stderr=pipe, text=True
         )
 
-    return [begin(index) for index in range(count)]
+    return [begin(index) for index in range(count) if index not in absent]
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 900) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Several processes are one run: the same losses, one end, and each trouble named."""
 
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -17,7 +18,7 @@ from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.rules import find_own_rows
 from rpo_jax.training.distributed import find_place, joined, read_cluster
 from rpo_jax.training.meeting import GONE, Place, meet
-from tests.processes import find_ports, finish, start
+from tests.processes import REPO, find_ports, finish, start
 from tests.test_train import BASE, RPO, base_overrides, count_losses, losses, rpo_overrides, run
 from tests.tiny import MESHES, make_config
 
@@ -139,6 +140,38 @@ def test_a_command_that_differs_is_named(tmp_path):
             r"process 0 \(\S+, pid \d+\) 0.003\n",
             errors,
         )
+
+
+@pytest.mark.full
+def test_other_code_and_other_versions_are_named(tmp_path):
+    shutil.copytree(REPO / "rpo_jax", tmp_path / "rpo_jax")
+    with (tmp_path / "rpo_jax/errors.py").open("a") as file:
+        file.write("# a later commit\n")
+    other = tmp_path / "optax-0.0.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
+    # Its own folder comes before that of the command.
+    last_env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    processes = start(2, train(*base_overrides(tmp_path)), last_env=last_env)
+    for process, (_, errors) in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 2
+        name = r"processes: process 1 \(\S+, pid \d+\) has"
+        assert re.search(
+            rf"{name} code '\w{{16}}', process 0 \(\S+, pid \d+\) '\w{{16}}'\n", errors
+        )
+        assert re.search(rf"{name} optax '0\.0\.1', process 0 \(\S+, pid \d+\) '", errors)
+
+
+@pytest.mark.full
+def test_a_host_that_does_not_come_is_named_in_time(tmp_path):
+    began = time.monotonic()
+    arguments = train(*base_overrides(tmp_path), "--timeout_s=20")
+    processes = start(3, arguments, absent={1})
+    for process, (_, errors) in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 2
+        assert "processes: 2 of 3 processes are here after 20 s: process 0 (" in errors
+        assert "; missing: process 1\n" in errors
+    assert time.monotonic() - began < 120
 
 
 def meet_all(folder, *facts, count=None, timeout_s=20.0, indices=None):
