@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -204,6 +205,25 @@ def test_a_search_with_no_place_to_look_says_so(tmp_path):
         odd = small_run(train={"batch_rows": 3, "micro_batches": 1})
         shape = dataclasses.replace(WIDE, num_key_value_heads=1)
         search(odd, shape, open_topology("v6e:4x4"), tmp_path, 1e9, meshes=1)
+
+
+def test_a_search_passes_over_what_the_compiler_fails_on(tmp_path, monkeypatch, caplog):
+    def fail(program, config, shape, topology, cache, tokens):
+        if config.mesh.tensor == broken or broken is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile")
+        speed = {"seconds": {"step": 1.0}, "tokens_per_s_per_chip": 1.0, "mfu": 0.5}
+        mesh = {"tensor": config.mesh.tensor}
+        sizes = {"hbm_gb": {"total": 1.0, "chip": 33.0}, "micro_batches": 1, "remat": "full"}
+        return {"fits": True, "mesh": mesh, **sizes, **speed}
+
+    monkeypatch.setattr("rpo_jax.training.search.plan_program", fail)
+    look = partial(search, small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=9)
+    broken = 2
+    assert {plan["mesh"]["tensor"] for plan in look()} == {1}
+    assert "tensor 2: the compiler failed: INTERNAL: Mosaic" in caplog.text
+    broken = None
+    with pytest.raises(UserError, match="the compiler failed on every mesh: INTERNAL"):
+        look()
 
 
 def test_four_bits_are_half_a_byte():

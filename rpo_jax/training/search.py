@@ -38,7 +38,7 @@ def search(
         meshes: how many are compiled for.
 
     Raises:
-        UserError: no mesh holds the state, or divides the rows.
+        UserError: no mesh holds the state, or divides the rows; or the compiler fails on all.
     """
     jobs = list(_candidates(config, shape, topology))
     if not jobs:
@@ -47,13 +47,19 @@ def search(
             "room for weights and optimizer: more chips, other batch_rows, or adapters"
         )
     jobs.sort(key=lambda job: _sent_bytes(job, topology))
-    found = []
+    found, failure = [], None
     for number, job in enumerate(jobs[:meshes], 1):
         sizes = _name(job.work.config.mesh)
         logging.info("mesh %d of %d (%d are possible): %s", number, meshes, len(jobs), sizes)
-        for plan in _climb(job, shape, topology, cache, tokens):
-            logging.info("  %s", format_line(plan))
-            found.append(plan)
+        try:
+            for plan in _climb(job, shape, topology, cache, tokens):
+                logging.info("  %s", format_line(plan))
+                found.append(plan)
+        except jax.errors.JaxRuntimeError as error:  # of one program; the others are worth a look
+            logging.warning("warning: %s: the compiler failed: %s", sizes, str(error)[:500])
+            failure = error
+    if not found:
+        raise UserError(f"{topology.name}: the compiler failed on every mesh: {failure}")
     return sorted(found, key=lambda plan: plan["seconds"]["step"] if plan["fits"] else float("inf"))
 
 

@@ -1,10 +1,13 @@
 """The table of docs/plans.md: every committed config of a TPU slice, compiled for that slice.
 
     python tests/benchmarks/pod_plans.py --cache runs/plans
+    python tests/benchmarks/pod_plans.py --cache runs/plans --search
 
 Writes the table, and all plans as JSON beside this file. Compiled programs are found again in the
-cache; without it the whole takes about two minutes a line on two cores. `--only=v6e` makes the
-lines that contain a word, the others stay as they are.
+cache; without it the whole takes about a minute a line on two cores. `--only=v6e` makes the lines
+that contain a word, the others stay as they are. `--search` looks for the best mesh, micro-batches
+and remat policy of each 72B config as `rpo_jax.plan --search` does, some ten minutes a line, and
+tells how the committed ones stand.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from rpo_jax.cli import load_config
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import BASIS, plan_program
+from rpo_jax.training.search import search
 from rpo_jax.writing import write_json
 from tests.benchmarks.provenance import REPO, describe_run
 from tests.lowering.test_configs import MID, PODS
@@ -31,6 +35,8 @@ OTHERS = [
     ("configs/qwen25_72b_rpo.py:v5p:4x4x4", "v5p:4x4x4", "reference"),
     ("configs/qwen25_72b_rpo_lora.py:v6e:2x4", "v6e:2x4", "decode"),
 ]
+MESHES = 3  # that a search compiles for
+SEARCHES = [(path, slice_, "step") for path, slice_ in PODS]
 LINES = [(path, slice_, "step") for path, slice_ in PODS + MID] + OTHERS
 
 
@@ -89,6 +95,52 @@ s = compute + kernels + exposed communication | tokens/s/chip | MFU | compiled i
 """
 
 
+def search_line(path: str, slice_: str, cache: Path) -> list[dict[str, Any]]:
+    """What a search finds, best first: the layouts and what they take."""
+    config = load_config(path)
+    shape = load_shape(config.model.shape)
+    plans = search(config, shape, open_topology(slice_), cache, 1e9, MESHES)
+    names = ("mesh", "micro_batches", "remat", "fits", "hbm_gb", "seconds", "tokens_per_s_per_chip")
+    return [{name: plan[name] for name in names if name in plan} for plan in plans]
+
+
+def same_layout(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in ("mesh", "micro_batches", "remat"))
+
+
+def format_layout(plan: dict[str, Any]) -> str:
+    mesh = " ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
+    return f"{mesh}, {plan['micro_batches']} micro-batches, {plan['remat']}"
+
+
+def format_found(key: str, found: dict[str, Any], plan: dict[str, Any]) -> str:
+    """A row: the committed layout against the best of those that were compiled."""
+    fitting = [one for one in found["layouts"] if one["fits"]]
+    best = fitting[0]
+    chosen = plan["seconds"]["step"]
+    cells = [
+        f"`{key.split()[0].removeprefix('configs/')}`",
+        f"{len(found['layouts'])}, {len(fitting)} fit",
+        format_layout(best),
+        f"{best['seconds']['step']:.2f} s",
+        "the same" if same_layout(best, plan) else format_layout(plan),
+        f"{chosen:.2f} s, {chosen / best['seconds']['step']:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+SEARCHED = """
+## What the search finds
+
+`python tests/benchmarks/pod_plans.py --search`: up to {meshes} meshes for each config of the 72B,
+on each the fewest micro-batches that fit and the policies that keep more; the last column is the
+committed layout's time over the best one's.
+
+| config | compiled | best | a step | committed | a step, against the best |
+|---|---|---|---|---|---|
+"""
+
+
 def write_table(figures: dict[str, Any]) -> None:
     plans = [
         figures["plans"][key] for line in LINES if (key := name_line(*line)) in figures["plans"]
@@ -99,23 +151,39 @@ def write_table(figures: dict[str, Any]) -> None:
     told += f"({machine}); commit and date of each are in the figures."
     versions = plans[0]["versions"]
     TABLE.parent.mkdir(exist_ok=True)
-    rows = "\n".join(map(format_row, plans))
-    TABLE.write_text(HEAD.format(told=told, basis=BASIS, **versions) + rows + "\n", "utf-8")
+    text = (
+        HEAD.format(told=told, basis=BASIS, **versions) + "\n".join(map(format_row, plans)) + "\n"
+    )
+    found = [
+        format_found(key, searched, figures["plans"][key])
+        for line in LINES
+        if (searched := figures.get("searches", {}).get(key := name_line(*line)))
+    ]
+    if found:
+        text += SEARCHED.format(meshes=MESHES) + "\n".join(found) + "\n"
+    TABLE.write_text(text, "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=REPO / "runs" / "plans")
+    parser.add_argument("--search", action="store_true", help="look for the best layouts")
     parser.add_argument("--only", default="", help="make the lines that contain this")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"plans": {}}
-    for line in LINES:
+    figures.setdefault("searches", {})
+    for line in SEARCHES if args.search else LINES:
         key = name_line(*line)
         if args.only not in key:
             continue
         print(key, flush=True)
-        figures["plans"][key] = {**plan_line(*line, args.cache), "made": describe_run()}
+        made = describe_run()
+        if args.search:
+            layouts = search_line(*line[:2], args.cache)
+            figures["searches"][key] = {"layouts": layouts, "made": made}
+        else:
+            figures["plans"][key] = {**plan_line(*line, args.cache), "made": made}
         write_json(FIGURES, figures)
         write_table(figures)
 
