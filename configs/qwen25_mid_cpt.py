@@ -1,20 +1,22 @@
 """Between laptop and pod: continued pretraining of the 0.5B, 1.5B and 7B; the size is the argument.
 
 `--config=configs/qwen25_mid_cpt.py:0.5b` is meant for the one v5e chip of a free Colab, `1.5b` and
-`7b` for one host of eight v6e chips; `rpo_jax.plan` tells whether they fit. Wants the converted
-model and your own text. On a GPU, which has no splash:
-`--config.model.attention=dense --config.mesh.data=1 --config.mesh.fsdp=-1`.
+`7b` for one host of eight v6e chips, those with a card's name for GPUs of one host; `rpo_jax.plan`
+tells whether they fit. Wants the converted model and your own text.
 """
 
 from ml_collections import ConfigDict
 
 from rpo_jax.config import choose, defaults
 
-# Size -> the slice it is meant for, and for it: fsdp, rows a step, micro-batches.
+# Size -> what it is meant for, and for that: fsdp, rows a step, micro-batches.
 SIZES = {
     "0.5b": ("v5e:1x1", 1, 16, 8),
     "1.5b": ("v6e:2x4", 8, 32, 1),
     "7b": ("v6e:2x4", 8, 16, 2),
+    "0.5b-l4": ("l4:1", 1, 16, 16),
+    "1.5b-a100": ("a100:1", 1, 16, 16),
+    "7b-h100": ("h100:8", 8, 16, 2),
 }
 
 
@@ -23,10 +25,11 @@ def get_config(arg: str = "0.5b") -> ConfigDict:
     config = defaults()
     config.stage = "cpt"
     config.name = "qwen25-mid-cpt" + ("" if arg == "0.5b" else f"-{arg}")
-    config.init_from = f"models/qwen2.5-{arg}"
-    config.model.shape = f"qwen2.5-{arg}"
+    size, _, gpu = arg.partition("-")
+    config.init_from = f"models/qwen2.5-{size}"
+    config.model.shape = f"qwen2.5-{size}"
     config.model.compute_dtype = "bfloat16"
-    config.model.attention = "splash"
+    config.model.attention = "dense" if gpu else "splash"
     config.model.remat = "full"
     config.mesh.data = 1
     _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = choose(SIZES, arg)

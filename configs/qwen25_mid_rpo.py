@@ -1,18 +1,21 @@
 """Between laptop and pod: RPO of the 0.5B, 1.5B and 7B; the size is the argument.
 
-Starts from the run of qwen25_mid_cpt.py, on the same slices. A row is one pair: prompt, chosen and
-rejected in slots of 1536, 256 and 256 tokens.
+Starts from the run of qwen25_mid_cpt.py, on the same slices and GPUs. A row is one pair: prompt,
+chosen and rejected in slots of 1536, 256 and 256 tokens.
 """
 
 from ml_collections import ConfigDict
 
 from rpo_jax.config import choose, defaults
 
-# Size -> the smallest slice it was compiled for, and for it: fsdp, rows a step, micro-batches.
+# Size -> the least it was compiled for, and for that: fsdp, rows a step, micro-batches.
 SIZES = {
     "0.5b": ("v5e:1x1", 1, 16, 8),
     "1.5b": ("v6e:2x4", 8, 32, 1),
     "7b": ("v6e:2x4", 8, 16, 2),
+    "0.5b-l4": ("l4:1", 1, 16, 16),
+    "1.5b-a100": ("a100:1", 1, 16, 16),
+    "7b-h100": ("h100:8", 8, 16, 2),
 }
 
 
@@ -22,9 +25,10 @@ def get_config(arg: str = "0.5b") -> ConfigDict:
     config.stage = "rpo"
     config.name = "qwen25-mid-rpo" + ("" if arg == "0.5b" else f"-{arg}")
     config.init_from = config.name.replace("rpo", "cpt")
-    config.model.shape = f"qwen2.5-{arg}"
+    size, _, gpu = arg.partition("-")
+    config.model.shape = f"qwen2.5-{size}"
     config.model.compute_dtype = "bfloat16"
-    config.model.attention = "splash"
+    config.model.attention = "dense" if gpu else "splash"
     config.model.remat = "full"
     config.mesh.data = 1
     _, config.mesh.fsdp, config.train.batch_rows, config.train.micro_batches = choose(SIZES, arg)

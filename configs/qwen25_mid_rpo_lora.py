@@ -1,4 +1,4 @@
-"""RPO with adapters of rank 16 on the one v5e chip of a free Colab; the size is the argument.
+"""RPO with adapters of rank 16 on one chip, a free Colab's v5e or a GPU; the size is the argument.
 
 `--config=configs/qwen25_mid_rpo_lora.py:7b` is QLoRA over nf4; 0.5b and 1.5b are over bfloat16.
 Rows are those of qwen25_mid_rpo.py. Starts from the converted model; `--config.init_from` names
@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import choose, defaults
 
-# Size -> the slice it was compiled for, and for it: micro-batches of 16 pairs, the frozen kernels.
+# Size -> what it was compiled for, and for that: micro-batches of 16 pairs, the frozen kernels.
 SIZES = {
     "0.5b": ("v5e:1x1", 8, ""),
     "1.5b": ("v5e:1x1", 16, ""),
     "7b": ("v5e:1x1", 8, "nf4"),
+    "7b-l4": ("l4:1", 16, "nf4"),
 }
 
 
@@ -22,11 +23,12 @@ def get_config(arg: str = "7b") -> ConfigDict:
     config = defaults()
     config.stage = "rpo"
     config.name = "qwen25-mid-rpo-lora" + ("" if arg == "7b" else f"-{arg}")
-    config.init_from = f"models/qwen2.5-{arg}"
-    config.model.shape = f"qwen2.5-{arg}"
+    size, _, gpu = arg.partition("-")
+    config.init_from = f"models/qwen2.5-{size}"
+    config.model.shape = f"qwen2.5-{size}"
     config.model.param_dtype = "bfloat16"
     config.model.compute_dtype = "bfloat16"
-    config.model.attention = "splash"
+    config.model.attention = "dense" if gpu else "splash"
     config.model.remat = "full"
     config.lora.rank = 16
     _, config.train.micro_batches, config.lora.quantize = choose(SIZES, arg)

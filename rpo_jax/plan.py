@@ -1,4 +1,4 @@
-"""What a run would take on TPUs that are not here: `python -m rpo_jax.plan --topology=v6e:8x8`."""
+"""What a run would take on chips that are not here: `python -m rpo_jax.plan --topology=v6e:8x8`."""
 
 import logging
 from pathlib import Path
@@ -19,6 +19,7 @@ from rpo_jax.training.search import search as search_layouts
 from rpo_jax.writing import write_json
 
 _TOKENS = 1e9
+_UNTIMED = "unknown: the compiler for GPUs counts no cycles"
 
 
 def main(
@@ -30,9 +31,12 @@ def main(
     json: str = "",
     search: bool = False,
 ) -> None:
-    """Compiles the step of a run for TPU slices, without a TPU: does it fit, how fast is it."""
+    """Compiles the step of a run for TPU slices, without a TPU: does it fit, how fast is it.
+
+    For GPUs of one host (h100:8) likewise, but for the time: their compiler counts no cycles.
+    """
     if not topology:
-        raise UserError("--topology is wanted: v6e:8x8, or several as v6e:8x8,2*v6e:16x16")
+        raise UserError("--topology is wanted: v6e:8x8, or several as v6e:8x8,2*v6e:16x16,h100:8")
     jax.config.update("jax_platforms", "cpu")  # ours is compiled for TPUs, and runs nowhere
     length, count = _number("tokens", tokens, _TOKENS), _number("meshes", meshes, 4)
     plans = []
@@ -108,7 +112,6 @@ def format_plan(found: Plan) -> str:
         lines["DOES NOT FIT"] = f"too large by {found['too_large_by_gb']} GB a chip"
         lines["would help"] = "; ".join(found["what_would_help"]) or "nothing this command knows"
         return _table(lines)
-    seconds = found["seconds"]
     if found["host_gb"]:
         lines["host's memory"] = (
             f"{found['host_gb']} GB a chip; copies to and fro cost no time here"
@@ -117,6 +120,15 @@ def format_plan(found: Plan) -> str:
         "fits": "yes, by the compiler",
         "FLOPs a step": f"{found['model_tflops']:,} T of the model, "
         f"{found['recompute_tflops']:,} T recomputed",
+    }
+    lines |= _say_speed(found) if "seconds" in found else {"time a step": _UNTIMED}
+    told = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return _table({**lines, "compiled in": f"{found['compile_seconds']} s, {told}"})
+
+
+def _say_speed(found: Plan) -> dict[str, str]:
+    seconds = found["seconds"]
+    return {
         "collectives": "; ".join(
             f"over {axes}: {', '.join(f'{kind} {size} GB' for kind, size in kinds.items())}"
             for axes, kinds in found["collectives_gb"].items()
@@ -129,10 +141,7 @@ def format_plan(found: Plan) -> str:
         "speed": f"{found['tokens_per_s_per_chip']:,} tokens/s/chip, MFU {found['mfu']:.1%}",
         "cost": f"{found['run_chip_hours']:,} chip-hours for {found['run_tokens']:,.0f} tokens",
         "basis": found["basis"],
-        "compiled in": f"{found['compile_seconds']} s, jax {found['versions']['jax']}, libtpu "
-        f"{found['versions']['libtpu']}",
     }
-    return _table(lines)
 
 
 def _list_sizes(sizes: dict[str, Any]) -> str:
@@ -164,10 +173,11 @@ if __name__ == "__main__":
             "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4",
             "--config configs/qwen25_72b_rpo.py --topology v6e:8x8,2*v6e:16x16 --tokens 2e9",
             "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4 --search",
+            "--config configs/qwen25_mid_rpo_lora.py:7b-l4 --topology l4:1",
         ),
         search="try meshes, micro-batches and remat policies, and rank what fits",
         options={
-            "topology": "slices to compile for, with commas between: v6e:8x8, 2*v6e:16x16",
+            "topology": "to compile for, with commas between: v6e:8x8, 2*v6e:16x16, h100:8",
             "program": f"of the run, with commas between: {', '.join(PROGRAMS)}; step unless said",
             "tokens": "of the run whose cost is told; 1e9 unless said",
             "meshes": "that a search compiles for; 4 unless said",

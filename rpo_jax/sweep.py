@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         return
     logging.info("%d points, %d finished", len(points), len(points) - len(waiting))
     if waiting and args.together:
-        train_together([point.config for point in waiting])
+        train_together([point.config for point in waiting], args.at_once)
     for number, point in enumerate([] if args.together else waiting, start=1):
         logging.info("\n== point %d of %d: %s", number, len(waiting), point.config.name)
         logging.info("\n%s", format_summary(train(build(point.config))))
@@ -145,8 +145,10 @@ def list_commands(path: str, overrides: Sequence[str], points: Sequence[Point]) 
     ]
 
 
-def train_together(configs: Sequence[Config]) -> None:
+def train_together(configs: Sequence[Config], at_once: int = 0) -> None:
     """Trains several runs of adapters as one program; see `training.together`.
+
+    So many are computed `at_once`, all if it is 0.
 
     What is unfinished lies in a folder of its own and goes on from there. In the end each run has
     its own checkpoint, logs and summary, as if it had been trained alone.
@@ -196,7 +198,7 @@ def train_together(configs: Sequence[Config]) -> None:
             audit_control_tokens(inputs[0].tokenizer, records, origin)
             log_heldout(works, take, state, frozen, evaluate, logs)
         batches = [train_batches(own, records, references[0], done) for own in works]
-        steps = make_steps(work, tx, abstract)
+        steps = make_steps(work, tx, abstract, at_once)
         state = run_together(
             works, steps, state, frozen, batches, evaluate, take, checkpoints, logs
         )
@@ -257,7 +259,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     how.add_argument(
         "--print", action="store_true", help="the commands of unfinished points, for pods"
     )
-    return parser.parse_overrides(argv)
+    parser.add_argument(
+        "--at_once",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of --together: points computed at the same time (all); fewer take less memory",
+    )
+    args, overrides = parser.parse_overrides(argv)
+    if args.at_once < 0 or (args.at_once and not args.together):
+        raise UserError(f"--at_once={args.at_once}: a number of points of --together is wanted")
+    return args, overrides
 
 
 if __name__ == "__main__":

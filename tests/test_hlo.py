@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from rpo_jax.sharding.chips import CHIPS
 from rpo_jax.sharding.hlo import Transfer, axes_of, read_group, read_program, sum_by_axes
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
-from rpo_jax.sharding.topology import CHIPS, DCN_BYTES_PER_S, Topology
+from rpo_jax.sharding.topology import DCN_BYTES_PER_S, Topology
 
 # A loop of 5 turns: 100 cycles, a kernel, a permutation behind 70 cycles, and a fused
 # reduce-scatter; then, once, an all-gather and 1000 cycles.

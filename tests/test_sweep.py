@@ -55,9 +55,11 @@ STEPS = 10
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "mesh", [Mesh(data=1), MESHES["data2-fsdp2-tensor2"]], ids=["one", "eight"]
+    ("mesh", "at_once"),
+    [(Mesh(data=1), 0), (Mesh(data=1), 2), (MESHES["data2-fsdp2-tensor2"], 1)],
+    ids=["one", "one, two at once", "eight, one at once"],
 )
-def test_policies_together_take_the_steps_that_each_takes_alone(mesh):
+def test_policies_together_take_the_steps_that_each_takes_alone(mesh, at_once):
     """Other weights, losses, batches and optimizers; ten steps of one program and of three."""
     # A plain Adam divides rounding by rounding where a gradient is 0; this one is smooth there.
     config = dataclasses.replace(make_config("rpo", optim={"eps": 1e-3}), mesh=mesh)
@@ -82,7 +84,7 @@ def test_policies_together_take_the_steps_that_each_takes_alone(mesh):
 
         abstract = stack_abstract(single, len(POLICIES))
         state = stack_states([first(number) for number in range(len(POLICIES))], abstract)
-        together, losses = make_steps(work, tx, abstract), []
+        together, losses = make_steps(work, tx, abstract, at_once), []
         hyper = jax.tree.map(lambda *values: jnp.stack(values), *hypers)
         for step in range(STEPS):
             batches = [batch(number, step) for number in range(len(POLICIES))]
@@ -125,7 +127,7 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
     for how in ("together", "apart"):
         shutil.copytree(workdir, tmp_path / how)
         arguments = [f"--config={grid}", *small(tmp_path / how, log__tensorboard=False)]
-        flags = ["--together"] if how == "together" else []
+        flags = ["--together", "--at_once=3"] if how == "together" else []
         sweep.main([*arguments, *flags])
         shown = capsys.readouterr().out
         assert "4 of 4 points" in shown
@@ -153,6 +155,12 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
     curves = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs]
     assert len(curves[0]) == 6
     np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--at_once=2"], ["--together", "--at_once=-1"]])
+def test_points_at_once_are_a_number_of_those_together(grid, flags):
+    with pytest.raises(UserError, match=r"--at_once=.*a number of points of --together is wanted"):
+        sweep.main([f"--config={grid}", *flags])
 
 
 def test_commands_of_points_name_all_that_differs(grid, tmp_path, capsys):

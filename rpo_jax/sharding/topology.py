@@ -1,4 +1,4 @@
-"""TPU slices that are not here: devices to compile for, and what their chips can do."""
+"""Accelerators that are not here: TPU slices, and GPUs of one host, to compile for."""
 
 import math
 import os
@@ -9,42 +9,9 @@ from functools import cache
 from typing import Any
 
 from rpo_jax.errors import UserError
+from rpo_jax.sharding.chips import CHIPS, Chip
+from rpo_jax.sharding.gpus import GPUS
 
-
-@dataclass(frozen=True)
-class Chip:
-    """One TPU chip, by the figures of its maker.
-
-    Attributes:
-        devices: that JAX shows for a chip.
-        hbm_bytes: memory of a chip that a program may use: the compiler refuses larger ones.
-        flops: bfloat16 FLOP/s of a chip.
-        clock_hz: cycles a second, as the compiler counts them.
-        ici_bytes_per_s: that a chip can send over all its links together; it receives as much.
-        torus: dimensions of its network; each has two links a chip.
-        wraps_at: a dimension of a slice is a ring where its length is a multiple of this.
-
-    Source: Google Cloud, pages of the TPU versions. The clock is peak FLOP/s over the operations of
-    the matrix units a cycle; that of v6e is of secondary sources, and TPU7x's is unknown: v6e's.
-    """
-
-    devices: int
-    hbm_bytes: float
-    flops: float
-    clock_hz: float
-    ici_bytes_per_s: float
-    torus: int
-    wraps_at: int
-
-
-_GIB = 2**30
-CHIPS = {
-    "v4": Chip(2, 2 * 15.25 * _GIB, 275e12, 1.05e9, 300e9, 3, 4),
-    "v5e": Chip(1, 15.75 * _GIB, 197e12, 1.5e9, 200e9, 2, 16),
-    "v5p": Chip(1, 95.74 * _GIB, 459e12, 1.75e9, 600e9, 3, 4),
-    "v6e": Chip(1, 31.25 * _GIB, 918e12, 1.75e9, 400e9, 2, 16),
-    "tpu7x": Chip(2, 2 * 94.75 * _GIB, 2307e12, 1.75e9, 1200e9, 3, 4),
-}
 DCN_BYTES_PER_S = 50e9 / 8  # a chip, to another slice; of secondary sources
 
 # Slices of one host, where the compiler would take the same shape for several.
@@ -54,13 +21,13 @@ _FLAT, _DEEP = ([name for name, chip in CHIPS.items() if chip.torus == n] for n 
 _WANTED = (
     "wanted is a chip and the sides of a slice of hosts of 2x2: two sides for "
     f"{', '.join(_FLAT)} (v6e:1x1, v6e:2x4, v6e:8x8), three for {', '.join(_DEEP)} (v5p:2x2x1, "
-    "v5p:4x4x4); 2*v6e:16x16 is two slices"
+    f"v5p:4x4x4); 2*v6e:16x16 is two slices; or GPUs of one host: {', '.join(GPUS)} (h100:8)"
 )
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that are bought together: one slice or several equal ones."""
+    """Chips that are bought together: one slice or several equal ones, or GPUs of a host."""
 
     name: str
     chip: Chip
@@ -75,14 +42,17 @@ class Topology:
 
 @cache
 def open_topology(name: str) -> Topology:
-    """The devices of a slice by its name: `v6e:8x8`, or `2*v6e:16x16` for two of them.
+    """The devices of a slice by its name: `v6e:8x8`, or `2*v6e:16x16` for two, or `h100:8`.
 
-    They can be compiled for, not run on. Asks no metadata server and needs no TPU, only the package
-    libtpu (extra `tpu`); call it before anything else asks JAX for a TPU.
+    They can be compiled for, not run on. Asks no metadata server and needs no accelerator, only the
+    package libtpu (extra `tpu`) or the compiler for GPUs (extra `cuda`); call it before anything
+    else asks JAX for a TPU.
 
     Raises:
-        UserError: no such chip or shape, or no libtpu.
+        UserError: no such chip or shape, or no compiler for it.
     """
+    if gpus := re.fullmatch(r"(\w+):([1-8])", name):
+        return _open_gpus(name, gpus[1], int(gpus[2]))
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     if not match or match[2] not in CHIPS:
         raise UserError(f"topology {name!r}: {_WANTED}")
@@ -117,3 +87,20 @@ def open_topology(name: str) -> Topology:
     wanted = slices * math.prod(sides) * chip.devices
     assert len(described.devices) == wanted, (name, len(described.devices))
     return Topology(name, chip, slices, described.devices)
+
+
+def _open_gpus(name: str, card: str, count: int) -> Topology:
+    if card not in GPUS:
+        raise UserError(f"topology {name!r}: {_WANTED}")
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=GPUS[card].describe(), topology=f"1x1x{count}"
+        )
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"the compiler for GPUs cannot be loaded ({error}): pip install 'rpo_jax[cuda]'; no "
+            "GPU is needed"
+        ) from error
+    return Topology(name, GPUS[card].chip, 1, described.devices)

@@ -65,7 +65,8 @@ def plan_program(
 
     Returns:
         A plan, ready for JSON; units are in the names. `fits` is False where the program is too
-        large; then only `hbm_gb` tells of the program.
+        large; then only `hbm_gb` tells of the program. Nothing is told of a GPU's time or traffic:
+        its compiler counts no cycles.
 
     Raises:
         UserError: the config cannot be run on these devices.
@@ -73,7 +74,9 @@ def plan_program(
     job = make_job(program, config, shape, topology.devices)
     compiled = _compile(job.lower(), topology, cache, compiler_options(job.work.mesh))
     found = _facts(job, topology) | _memory(job, topology, compiled)
-    return found | (_speed(job, topology, compiled, tokens) if found["fits"] else {})
+    if found["fits"] and topology.chip.clock_hz:
+        return found | _speed(job, topology, compiled, tokens)
+    return found
 
 
 def _compile(
@@ -83,7 +86,7 @@ def _compile(
 
     `options` are those that it was lowered with, and part of what tells it from others.
     """
-    facts = [topology.name, *versions().values(), options, *_MEMORY]
+    facts = [topology.name, *versions(topology).values(), options, *_MEMORY]
     name = json.dumps(facts) + lowered.as_text()
     path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz"
     if path.is_file():
@@ -111,9 +114,10 @@ def _compile(
     return result
 
 
-def versions() -> dict[str, str]:
-    """Of what compiles."""
-    return {name: version(name) for name in ("jax", "libtpu")}
+def versions(topology: Topology) -> dict[str, str]:
+    """Of what compiles for a topology."""
+    compiler = "libtpu" if topology.chip.clock_hz else "jax-cuda12-pjrt"
+    return {name: version(name) for name in ("jax", compiler)}
 
 
 def _facts(job: Job, topology: Topology) -> Plan:
@@ -135,7 +139,9 @@ def _facts(job: Job, topology: Topology) -> Plan:
         "micro_batches": config.train.micro_batches if job.program == "step" else 1,
         "tokens_a_run": job.tokens,
         "parameters": count_params(job.work.network),
-        "versions": versions(),
+        "model_tflops": round(job.model_flops / 1e12, 1),
+        "recompute_tflops": round(job.recompute_flops / 1e12, 1),
+        "versions": versions(topology),
     }
 
 
@@ -204,8 +210,6 @@ def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float
     rate = job.tokens / seconds.step / topology.chips
     traffic = sum_by_axes(program, dict(mesh.shape))
     return {
-        "model_tflops": round(job.model_flops / 1e12, 1),
-        "recompute_tflops": round(job.recompute_flops / 1e12, 1),
         "collectives_gb": {
             axes: {kind: round(size / 1e9, 2) for kind, size in kinds.items()}
             for axes, kinds in traffic.items()

@@ -8,6 +8,7 @@ steps that it would take.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,25 +123,27 @@ def make_take(abstract: TrainState) -> Callable[[TrainState, int], TrainState]:
 
 
 def make_steps(
-    work: Workload, tx: optax.GradientTransformation, abstract: TrainState
+    work: Workload, tx: optax.GradientTransformation, abstract: TrainState, at_once: int = 0
 ) -> jax.stages.Wrapped:
-    """The step of all policies at once, jitted; the old state is donated.
+    """The step of all policies, jitted; the old state is donated.
 
     `(state, frozen, hyper, batch) -> (state, metrics)` as in `step.define_step`, where all but the
-    step's number and `frozen` has a first axis of policies.
+    step's number and `frozen` has a first axis of policies. So many of them are computed `at_once`,
+    all if it is 0; the fewer, the less memory their activations take.
     """
     step = define_step(work, tx)
+    count = jax.tree.leaves(abstract.params)[0].shape[0]
 
     def steps(
         state: TrainState, frozen: Params, hyper: Hyper, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
-        def one(
-            params: Params, optimizer: Any, hyper: Hyper, batch: Batch
-        ) -> tuple[Params, Any, dict[str, Array]]:
+        def one(own: tuple[Params, Any, Hyper, Batch]) -> tuple[Params, Any, dict[str, Array]]:
+            params, optimizer, hyper, batch = own
             new, metrics = step(TrainState(state.step, params, optimizer), frozen, hyper, batch)
             return new.params, new.optimizer, metrics
 
-        new = jax.vmap(one)(state.params, state.optimizer, hyper, batch)
+        own = (state.params, state.optimizer, hyper, batch)
+        new = jax.lax.map(one, own, batch_size=min(at_once or count, count))
         return TrainState(state.step + 1, new[0], new[1]), new[2]
 
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -226,6 +229,8 @@ def run_together(
             look = train.eval_every_steps and done % train.eval_every_steps == 0
             if save or look or done % train.log_every_steps == 0:
                 flush()
+                if bar.disable:
+                    logging.info("step %d/%d of %d policies", done, train.steps, len(works))
             if look and not last:
                 log_heldout(works, take, state, frozen, evaluate, logs)
             if save:

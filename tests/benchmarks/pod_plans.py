@@ -64,7 +64,11 @@ def format_row(plan: dict[str, Any]) -> str:
         plan["remat"],
         f"{sizes['total']:.1f} of {sizes['chip']:.1f}",
     ]
-    if plan["fits"]:
+    if not plan["fits"]:
+        cells += [f"too large by {plan['too_large_by_gb']} GB", "", ""]
+    elif "seconds" not in plan:
+        cells += ["", "", ""]
+    else:
         seconds = plan["seconds"]
         cells += [
             f"{seconds['step']:.2f} = {seconds['compute']:.2f} + {seconds['attention_kernels']:.2f}"
@@ -72,19 +76,19 @@ def format_row(plan: dict[str, Any]) -> str:
             f"{plan['tokens_per_s_per_chip']:,.0f}",
             f"{plan['mfu']:.1%}",
         ]
-    else:
-        cells += [f"too large by {plan['too_large_by_gb']} GB", "", ""]
     cells.append(f"{plan['compile_seconds']:.0f} s")
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """# What fits where, by the TPU compiler
+HEAD = """# What fits where, by the compiler
 
 Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/pod_plans.json`).
 {told}
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
-a TPU. GB are 10^9 bytes a chip, of what the compiler lets a program have. Seconds are
+a TPU; those of GPUs (l4, a100, h100) by jax's own compiler for them, without one. GB are 10^9 bytes
+a chip, of what the compiler lets a program have, or of the three quarters of a GPU that jax takes.
+Of a GPU's time nothing is known. Seconds are
 {basis}
 ([estimates.md](estimates.md)). MFU counts useful work only: a prompt once for both of its
 responses, no recomputation, and no gradients of frozen weights.

@@ -1,14 +1,16 @@
-"""Every committed config of a TPU slice, lowered for that slice: it traces, divides and pins."""
+"""Every committed config of a slice or GPU, lowered for it: it traces, divides and pins."""
 
 import importlib.util
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
 from rpo_jax.cli import load_config
 from rpo_jax.model.qwen2 import make_network
 from rpo_jax.model.shape import load_shape
+from rpo_jax.sharding.gpus import GPUS
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.programs import abstract_run, lower_step
@@ -46,10 +48,16 @@ def test_every_config_of_a_tpu_is_in_the_test():
 @pytest.mark.full
 @pytest.mark.parametrize(("path", "slice_"), PODS + MID)
 def test_it_lowers_for_its_slice(path, slice_):
-    pytest.importorskip("libtpu", reason="lowering for TPUs wants libtpu: pip install .[tpu]")
+    name, _, count = slice_.partition(":")
+    if name in GPUS:  # nothing in their programs is a GPU's own: devices of the CPU will do
+        devices = jax.devices()[: int(count)]
+    else:
+        pytest.importorskip("libtpu", reason="lowering for TPUs wants libtpu: pip install .[tpu]")
+        devices = open_topology(slice_).devices
     config = load_config(path)
     network = make_network(load_shape(config.model.shape), config.model, config.lora)
-    work = make_workload(config, network, make_mesh(config.mesh, open_topology(slice_).devices))
+    work = make_workload(config, network, make_mesh(config.mesh, devices))
     text = lower_step(work, *abstract_run(work)).as_text()
-    assert "tpu_custom_call" in text, "the attention kernel is in the program"
+    kernel = "tpu_custom_call" in text
+    assert kernel == (name not in GPUS), "the attention kernel is in the programs of TPUs"
     assert text.count("sharding_constraint") >= 10
