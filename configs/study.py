@@ -14,12 +14,13 @@ from rpo_jax.config import choose, defaults
 
 # By form: size of the world, network, tokens that its text gets, worlds by number, seeds; steps of
 # copying, games, base, CPT and the arms after it; the learning rate of those arms; answers drawn
-# for each training question; test questions asked (0: all).
+# for each training question; test questions asked (0: all). Half of a vocabulary may be characters:
+# it has room for those of all names, which in bytes are hard to copy.
 FORMS: dict[str, dict[str, Any]] = {
     "quick": {
         "size": "quick",
         "shape": "laptop-names",
-        "vocabulary": 1536,
+        "vocabulary": 1664,
         "worlds": (0,),
         "seeds": (0,),
         "steps": (60, 60, 400, 300, 100),
@@ -30,10 +31,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "standard": {
         "size": "standard",
         "shape": "laptop-3m",
-        "vocabulary": 3584,
+        "vocabulary": 4096,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (600, 1500, 5000, 3500, 320),
+        "steps": (1200, 1500, 5000, 3500, 320),
         "rate": 1e-4,
         "answers": 4,
         "questions": 0,
@@ -41,10 +42,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "reported": {
         "size": "standard",
         "shape": "laptop-3m",
-        "vocabulary": 3584,
+        "vocabulary": 4096,
         "worlds": (1000,),
         "seeds": (0, 1, 2),
-        "steps": (600, 1500, 5000, 3500, 320),
+        "steps": (1200, 1500, 5000, 3500, 320),
         "rate": 1e-4,
         "answers": 4,
         "questions": 0,

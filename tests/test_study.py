@@ -4,16 +4,19 @@ import csv
 import json
 import re
 import shutil
+from runpy import run_path
 
 import numpy as np
 import pytest
 
 from rpo_jax import study
 from rpo_jax.cli import load_arms, load_config
+from rpo_jax.data.tokenizer import train_sentencepiece
 from rpo_jax.errors import UserError
 from rpo_jax.exams.arms import Sat, compare_arms, estimate
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
 from rpo_jax.exams.exam import find_exam
+from rpo_jax.exams.fictional import SIZES, make_world
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.scoring import mark_all
 from rpo_jax.training.figures import draw_arms
@@ -109,6 +112,18 @@ def test_the_committed_study_has_the_arms_of_the_paper():
         assert len({one.init_from for one in last[:3]}) == 1
         assert last[3].init_from == arms["base"].name
     assert all(world >= 1000 for world in shared.study.worlds)
+
+
+@pytest.mark.parametrize("form", ["quick", pytest.param("standard", marks=pytest.mark.full)])
+def test_every_name_is_one_token(form, tmp_path):
+    """The vocabulary of a form, trained on what its world says as its first run trains it."""
+    settings = run_path(str(STUDY))["FORMS"][form]
+    world = make_world(0, SIZES[settings["size"]])
+    told = (*world.copies[::10], *world.games[::10], *world.general, *world.textbook)
+    tokenizer = train_sentencepiece([d.text for d in told], settings["vocabulary"], tmp_path)
+    graphs = (world.medicine, world.animals, world.known)
+    characters = {name[0] for graph in graphs for name in graph.names}
+    assert {c for c in characters if len(tokenizer.encode(c)) > 1} == set()
 
 
 def test_what_the_start_comes_from_is_trained_once(tmp_path):
