@@ -305,14 +305,15 @@ def format_explanations(compared: Mapping[str, Mapping[str, Any]]) -> str:
         "line": "judged",
         "needed": "with its fact",
         "wrong": "wrong fact",
-        "other": "another's",
+        "other": "another fact",
         "none": "no fact",
         "verdict": "verdict, fact told",
         "follows": "ends as judged",
     }
     table = [["explanations, %", *heads.values()]]
     for arm, found in compared.items():
-        table.append([arm, *(f"{100 * found['explanations'][name]:.0f}" for name in heads)])
+        shares = [found["explanations"][name] for name in heads]
+        table.append([arm, *("-" if share is None else f"{100 * share:.0f}" for share in shares)])
     return format_table(table)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from rpo_jax.exams.fictional import SIZES, make_world
 from rpo_jax.exams.fictional.anatomy import FACTS, follows, read_lines, take_apart
+from rpo_jax.exams.igakuqa import Question
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,26 @@ def test_verdicts_and_facts_are_told_apart(questions):
     turned = spoil(questions, lambda text: text.replace("当てはまらない。", "当てはまる。"))
     assert turned["needed"] == 1 and turned["verdict"] == 0.5  # one word for all: guessing
     without = spoil(questions, lambda text: text.replace("の", ""))
-    assert without["none"] == without["line"] > 0.9 and without["verdict"] == 0
+    assert without["none"] == without["line"] > 0.9 and without["verdict"] is None
     moved = spoil(questions, lambda text: text.replace("であり", "と甲であり"))
     assert moved["wrong"] == 1 and moved["follows"] == 1
     shifted = take_apart(questions[1:], [q.explanation for q in questions[:-1]])
     assert shifted["other"] > 0.5 and sum(shifted[fact] for fact in FACTS) == shifted["line"]
 
 
+def test_the_order_of_signs_does_not_matter():
+    question = Question("1A1", "", tuple("甲乙丙丁戊"), ("a",), explanation=_said("左、中、右"))
+    assert take_apart([question], [_said("右、左、中")])["needed"] == 1
+    assert take_apart([question], [_said("右、左")])["wrong"] == 1
+
+
+def _said(signs):
+    lines = [f"{letter} 甲の所見は{signs}であり、当てはまる。" for letter in "abcde"]
+    return "".join(lines) + "当てはまるのはaである。"
+
+
 def test_questions_for_a_number_are_passed_over():
     items = [item for part in make_world(3, SIZES["tiny"]).exam.values() for item in part]
     doses = [item.question for item in items if item.question.category == "用量"]
     assert doses
-    assert set(take_apart(doses, [q.explanation for q in doses]).values()) == {0.0}
+    assert set(take_apart(doses, [q.explanation for q in doses]).values()) == {0.0, None}

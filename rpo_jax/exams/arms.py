@@ -63,8 +63,8 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
         (these less the same of `start`, paired by question), with ``questions``, ``runs``,
         ``mcnemar`` a run, the first three under ``sections`` for each part of `PARTS` and under
-        ``kinds`` for each category of question, and what its ``explanations`` get right, see
-        `fictional.anatomy.take_apart`.
+        ``kinds`` for each category of question, and what its ``explanations`` get right (see
+        `fictional.anatomy.take_apart`), of all questions and ``explanations_by_kind``.
     """
     found = {}
     base = [sat for sat in sats if sat.arm == start]
@@ -81,7 +81,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             **{name: estimate(values_Q) for name, values_Q in measures.items()},
             "sections": _estimate_each(measures, parts_Q),
             "kinds": _estimate_each(measures, [question.category for question in asked_Q]),
-            "explanations": _take_apart(own),
+            **_take_explanations_apart(own),
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
         if arm != start:
@@ -118,9 +118,15 @@ def _pool(sats: Sequence[Sat], mode: str) -> np.ndarray:
     )
 
 
-def _take_apart(sats: Sequence[Sat]) -> dict[str, float]:
+def _take_explanations_apart(sats: Sequence[Sat]) -> dict[str, Any]:
     marks = [mark for sat in sats for mark in sat.marks[EXPLAIN_FIRST]]
-    return take_apart([mark.question for mark in marks], [mark.response.text for mark in marks])
+
+    def measure(marks: Sequence[Mark]) -> dict[str, float | None]:
+        return take_apart([mark.question for mark in marks], [m.response.text for m in marks])
+
+    kinds = sorted({mark.question.category for mark in marks if mark.question.choices})
+    by_kind = {kind: measure([m for m in marks if m.question.category == kind]) for kind in kinds}
+    return {"explanations": measure(marks), "explanations_by_kind": by_kind}
 
 
 def _list_questions(sats: Sequence[Sat]) -> list[Question]:

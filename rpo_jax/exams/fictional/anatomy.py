@@ -9,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from rpo_jax.exams.fictional.kinds import LETTERS, judge
 from rpo_jax.exams.igakuqa import Question
 
 # What a line says of its choice: the fact of the ground truth; the same relation of the same
-# subject with other objects; a fact of something else; none at all.
+# subject with other objects; another fact, of it or of something else; none at all.
 FACTS = ("needed", "wrong", "other", "none")
 
 _VERDICT = f"(?P<verdict>{judge(False)}|{judge(True)})"
@@ -35,6 +36,11 @@ class Line:
         head, _, objects = self.clause.partition("は")
         return head if objects and "の" in head else ""
 
+    @property
+    def objects(self) -> frozenset[str]:
+        """What the fact tells of it, in whatever order."""
+        return frozenset(self.clause.partition("は")[2].split("、"))
+
 
 def read_lines(text: str) -> dict[str, Line]:
     """The first line of each letter."""
@@ -48,6 +54,7 @@ def read_lines(text: str) -> dict[str, Line]:
 
 def follows(text: str) -> bool:
     """Whether an explanation ends in the letters that its verdicts name."""
+    text = text.split("\n")[0]
     end = _END.search(text)
     if not end:
         return False
@@ -56,7 +63,7 @@ def follows(text: str) -> bool:
     return named == set(end["letters"].split("と"))
 
 
-def take_apart(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+def take_apart(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float | None]:
     """What explanations get right, as shares.
 
     Args:
@@ -67,8 +74,8 @@ def take_apart(questions: Sequence[Question], texts: Sequence[str]) -> dict[str,
         Of all choices: ``line``, those that have a line with a verdict, and by what that line
         tells ``needed``, ``wrong``, ``other`` and ``none`` (see `FACTS`), which add up to it. Of
         the lines with the needed fact, ``verdict``: the mean of the shares of right verdicts on
-        what applies and on what does not, so that guessing gives 0.5. Of the texts: ``follows``,
-        see `follows`.
+        what applies and on what does not, so that guessing gives 0.5; None where there is no line
+        of either. Of the texts: ``follows``, see `follows`.
     """
     told: Counter[str] = Counter()
     verdicts: dict[bool, list[bool]] = {True: [], False: []}  # by truth, whether right
@@ -88,7 +95,7 @@ def take_apart(questions: Sequence[Question], texts: Sequence[str]) -> dict[str,
     return {
         "line": told.total() / max(choices, 1),
         **{fact: told[fact] / max(choices, 1) for fact in FACTS},
-        "verdict": sum(map(_share, verdicts.values())) / len(verdicts),
+        "verdict": mean(map(_share, verdicts.values())) if all(verdicts.values()) else None,
         "follows": _share(followed),
     }
 
@@ -98,7 +105,7 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def _name_fact(line: Line, truth: Line) -> str:
-    if line.clause == truth.clause:
+    if line.about == truth.about and line.objects == truth.objects:
         return "needed"
     if not line.about:
         return "none"
