@@ -8,13 +8,13 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import choose, defaults
 
-# Size -> the least it was compiled for, and for that: fsdp, rows a step, micro-batches.
+# Size -> what it is meant for, and for that: fsdp, rows a step, micro-batches.
 SIZES = {
     "0.5b": ("v5e:1x1", 1, 16, 8),
     "1.5b": ("v6e:2x4", 8, 32, 1),
     "7b": ("v6e:2x4", 8, 16, 2),
     "0.5b-l4": ("l4:1", 1, 16, 16),
-    "1.5b-a100": ("a100:1", 1, 16, 16),
+    "1.5b-h100": ("h100:1", 1, 16, 8),
     "7b-h100": ("h100:8", 8, 16, 2),
 }
 

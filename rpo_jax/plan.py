@@ -37,18 +37,21 @@ def main(
     """
     if not topology:
         raise UserError("--topology is wanted: v6e:8x8, or several as v6e:8x8,2*v6e:16x16,h100:8")
-    jax.config.update("jax_platforms", "cpu")  # ours is compiled for TPUs, and runs nowhere
+    jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere
     length, count = _number("tokens", tokens, _TOKENS), _number("meshes", meshes, 4)
-    plans = []
-    for slice_ in topology.split(","):
+    slices, programs = topology.split(","), _programs(program)
+    if untimed := [name for name in slices if not open_topology(name).chip.clock_hz and search]:
+        raise UserError(f"--search ranks by time, which is unknown of a GPU: {', '.join(untimed)}")
+    plans: list[Plan] = []
+    for slice_ in slices:
         if search:
             plans += (found := find(config, slice_, length, count))
             print(format_search(found), end="\n\n")
-        for name in [] if search else _programs(program):
+        for name in [] if search else programs:
             plans.append(plan(config, slice_, name, length))
             print(format_plan(plans[-1]), end="\n\n")
-    if json:
-        write_json(Path(json), plans)
+        if json:
+            write_json(Path(json), plans)  # each time: the next may fail, or take long
 
 
 def plan(config: Config, topology: str, program: str = "step", tokens: float = _TOKENS) -> Plan:
@@ -72,7 +75,7 @@ def _shape(config: Config) -> ModelShape:
 
 
 def _programs(names: str) -> list[str]:
-    unknown = [name for name in names.split(",") if name and name not in PROGRAMS]
+    unknown = [name for name in names.split(",") if name not in PROGRAMS] if names else []
     if unknown:
         raise UserError(f"--program={names}: {unknown[0]} is none of {', '.join(PROGRAMS)}")
     return names.split(",") if names else ["step"]

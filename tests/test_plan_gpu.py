@@ -9,7 +9,6 @@ from rpo_jax.errors import UserError
 from rpo_jax.sharding.gpus import GPUS
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import plan_program
-from rpo_jax.training.search import search
 from tests.tiny import SHAPE, make_config
 
 WIDE = dataclasses.replace(SHAPE, hidden_size=256, intermediate_size=512, vocab_size=4096)
@@ -46,8 +45,8 @@ def test_a_step_compiles_for_gpus_that_are_not_here(compiler, tmp_path):
     told = command.format_plan(one)
     assert "unknown: the compiler for GPUs counts no cycles" in told
     assert "fits" in told and "jax-cuda12-pjrt" in told and "MFU" not in told
-    with pytest.raises(UserError, match="h100:1: a search ranks by time, which is unknown"):
-        search(run_on(1), WIDE, open_topology("h100:1"), tmp_path, 1e9, meshes=1)
+    with pytest.raises(UserError, match="ranks by time, which is unknown of a GPU: h100:1"):
+        command.main(run_on(1), topology="h100:1", search=True)
 
 
 def test_what_does_not_fit_a_gpu_says_by_how_much(compiler, tmp_path, monkeypatch):
@@ -64,11 +63,10 @@ def test_what_is_no_gpu_is_refused(name):
         open_topology(name)
 
 
-def test_without_the_compiler_the_extra_is_named():
-    try:
-        import jax_plugins.xla_cuda12  # noqa: F401
-    except ImportError:
-        with pytest.raises(
-            UserError, match=r"compiler for GPUs cannot be loaded .*rpo_jax\[cuda\]"
-        ):
-            open_topology("h100:1")
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    def lack(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lack)
+    with pytest.raises(UserError, match=r"cannot be loaded \(topology not .*rpo_jax\[cuda\]"):
+        open_topology("a100:3")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rpo_jax.sharding.chips import Chip
 
 _MIB = 2**20
-# Of its memory jax takes so much for itself, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# Of a card's memory jax takes so much by default; XLA_PYTHON_CLIENT_MEM_FRACTION, which can have it
+# take more, is not looked at here: what fits by this account has some room.
 _JAX_TAKES = 0.75
 
 

@@ -33,6 +33,7 @@ class Topology:
     chip: Chip
     slices: int
     devices: Sequence[Any]  # jax.Device, without a client
+    target: str = ""  # what a GPU's compiler was told of it
 
     @property
     def chips(self) -> int:
@@ -98,9 +99,9 @@ def _open_gpus(name: str, card: str, count: int) -> Topology:
         described = topologies.get_topology_desc(
             platform="cuda", target_config=GPUS[card].describe(), topology=f"1x1x{count}"
         )
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, NotImplementedError) as error:  # there is no such plugin
         raise UserError(
             f"the compiler for GPUs cannot be loaded ({error}): pip install 'rpo_jax[cuda]'; no "
             "GPU is needed"
         ) from error
-    return Topology(name, GPUS[card].chip, 1, described.devices)
+    return Topology(name, GPUS[card].chip, 1, described.devices, GPUS[card].describe())

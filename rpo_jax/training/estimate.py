@@ -87,6 +87,7 @@ def _compile(
     `options` are those that it was lowered with, and part of what tells it from others.
     """
     facts = [topology.name, *versions(topology).values(), options, *_MEMORY]
+    facts += [topology.target] if topology.target else []
     name = json.dumps(facts) + lowered.as_text()
     path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz"
     if path.is_file():

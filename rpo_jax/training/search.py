@@ -38,11 +38,8 @@ def search(
         meshes: how many are compiled for.
 
     Raises:
-        UserError: no mesh holds the state, or divides the rows; the compiler fails on all; or
-            the topology is one of GPUs.
+        UserError: no mesh holds the state, or divides the rows; or the compiler fails on all.
     """
-    if not topology.chip.clock_hz:
-        raise UserError(f"{topology.name}: a search ranks by time, which is unknown of a GPU")
     jobs = list(_candidates(config, shape, topology))
     if not jobs:
         raise UserError(

@@ -12,11 +12,15 @@ cuts the products of tensor parallelism into windows, the step is also compiled 
 """
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+
+if __name__ == "__main__":  # run as a script, the folder of the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, Seconds
 from rpo_jax.sharding.topology import open_topology

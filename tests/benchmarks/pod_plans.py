@@ -1,4 +1,4 @@
-"""The table of docs/plans.md: every committed config of a TPU slice, compiled for that slice.
+"""The table of docs/plans.md: every committed config of a slice or a GPU, compiled for it.
 
     python tests/benchmarks/pod_plans.py --cache runs/plans
     python tests/benchmarks/pod_plans.py --cache runs/plans --search
@@ -12,10 +12,14 @@ tells how the committed ones stand.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+
+if __name__ == "__main__":  # run as a script, the folder of the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rpo_jax.cli import load_config
 from rpo_jax.model.shape import load_shape
@@ -86,9 +90,9 @@ Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/po
 {told}
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
-a TPU; those of GPUs (l4, a100, h100) by jax's own compiler for them, without one. GB are 10^9 bytes
-a chip, of what the compiler lets a program have, or of the three quarters of a GPU that jax takes.
-Of a GPU's time nothing is known. Seconds are
+a TPU (they want Python 3.12 or later); those of GPUs (l4, a100, h100) by {gpu}, without one. GB are
+10^9 bytes a chip, of what the compiler lets a program have, or of the three quarters of a GPU that
+jax takes. Of a GPU's time nothing is known. Seconds are
 {basis}
 ([estimates.md](estimates.md)). MFU counts useful work only: a prompt once for both of its
 responses, no recomputation, and no gradients of frozen weights.
@@ -154,9 +158,13 @@ def write_table(figures: dict[str, Any]) -> None:
     told = f"{len(plans)} of {len(LINES)} lines have been compiled, in {minutes:.0f} minutes "
     told += f"({machine}); commit and date of each are in the figures."
     versions = plans[0]["versions"]
+    gpu = next(plan["versions"] for plan in plans if "libtpu" not in plan["versions"])
+    gpu = " under ".join(f"{name} {number}" for name, number in sorted(gpu.items(), reverse=True))
     TABLE.parent.mkdir(exist_ok=True)
     text = (
-        HEAD.format(told=told, basis=BASIS, **versions) + "\n".join(map(format_row, plans)) + "\n"
+        HEAD.format(told=told, basis=BASIS, gpu=gpu, **versions)
+        + "\n".join(map(format_row, plans))
+        + "\n"
     )
     found = [
         format_found(key, searched, figures["plans"][key])
