@@ -40,7 +40,8 @@ def main(
     jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere
     length, count = _number("tokens", tokens, _TOKENS), _number("meshes", meshes, 4)
     slices, programs = topology.split(","), _programs(program)
-    if untimed := [name for name in slices if not open_topology(name).chip.clock_hz and search]:
+    opened = [open_topology(name) for name in slices]  # before anything is compiled
+    if search and (untimed := [one.name for one in opened if not one.chip.clock_hz]):
         raise UserError(f"--search ranks by time, which is unknown of a GPU: {', '.join(untimed)}")
     plans: list[Plan] = []
     for slice_ in slices:

@@ -1,7 +1,7 @@
 """Which layout of a run on a slice is best: meshes, micro-batches, remat policies, compiled."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def search(
     jobs.sort(key=lambda job: _sent_bytes(job, topology))
     found, failure = [], None
     for number, job in enumerate(jobs[:meshes], 1):
-        sizes = _name(job.work.config.mesh)
+        sizes = name_mesh(asdict(job.work.config.mesh))
         logging.info("mesh %d of %d (%d are possible): %s", number, meshes, len(jobs), sizes)
         try:
             for plan in _climb(job, shape, topology, cache, tokens):
@@ -63,14 +63,14 @@ def search(
     return sorted(found, key=lambda plan: plan["seconds"]["step"] if plan["fits"] else float("inf"))
 
 
-def _name(mesh: MeshConfig) -> str:
-    return " ".join(f"{axis} {size}" for axis, size in asdict(mesh).items() if size > 1)
+def name_mesh(sizes: Mapping[str, int]) -> str:
+    """A mesh by the axes that it has devices on."""
+    return " ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "one device"
 
 
 def format_line(plan: Plan) -> str:
     """A plan of a search in one line."""
-    mesh = " ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
-    sizes = plan["hbm_gb"]
+    mesh, sizes = name_mesh(plan["mesh"]), plan["hbm_gb"]
     line = (
         f"{mesh:<24} {plan['micro_batches']:>3} micro-batches  {plan['remat']:<9} "
         f"{sizes['total']:>6.1f} of {sizes['chip']:.0f} GB"

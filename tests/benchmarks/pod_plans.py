@@ -25,7 +25,7 @@ from rpo_jax.cli import load_config
 from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import BASIS, plan_program
-from rpo_jax.training.search import search
+from rpo_jax.training.search import name_mesh, search
 from rpo_jax.writing import write_json
 from tests.benchmarks.provenance import REPO, describe_run
 from tests.lowering.test_configs import MID, PODS
@@ -56,14 +56,13 @@ def plan_line(path: str, slice_: str, program: str, cache: Path) -> dict[str, An
 
 
 def format_row(plan: dict[str, Any]) -> str:
-    mesh = " ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
     sizes = plan["hbm_gb"]
     cells = [
         f"`{plan['config'].removeprefix('configs/')}`",
         plan["program"],
         plan["topology"],
         str(plan["chips"]),
-        mesh,
+        name_mesh(plan["mesh"]),
         f"{plan['rows']} / {plan['micro_batches']}",
         plan["remat"],
         f"{sizes['total']:.1f} of {sizes['chip']:.1f}",
@@ -90,7 +89,7 @@ Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/po
 {told}
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
-a TPU (they want Python 3.12 or later); those of GPUs (l4, a100, h100) by {gpu}, without one. GB are
+a TPU (they want Python 3.12 or later); those of GPUs (l4, h100) by {gpu}, without one. GB are
 10^9 bytes a chip, of what the compiler lets a program have, or of the three quarters of a GPU that
 jax takes. Of a GPU's time nothing is known. Seconds are
 {basis}
@@ -117,8 +116,7 @@ def same_layout(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def format_layout(plan: dict[str, Any]) -> str:
-    mesh = " ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
-    return f"{mesh}, {plan['micro_batches']} micro-batches, {plan['remat']}"
+    return f"{name_mesh(plan['mesh'])}, {plan['micro_batches']} micro-batches, {plan['remat']}"
 
 
 def format_found(key: str, found: dict[str, Any], plan: dict[str, Any]) -> str:
