@@ -22,10 +22,12 @@ from rpo_jax.pair import describe as describe_pairs
 from rpo_jax.sample import describe as describe_answers
 from rpo_jax.sample import draw, gather
 from rpo_jax.train import build, format_summary, train
+from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.measures import explain_measure
 from rpo_jax.writing import write_json
 
 
+@compile_once()
 def main(config: Config) -> None:
     """Runs rounds of sampling, pairing and training, each from what the one before trained."""
     results = []

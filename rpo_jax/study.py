@@ -39,6 +39,7 @@ from rpo_jax.exams.tables import format_table
 from rpo_jax.iterate import run_round
 from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
+from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
 from rpo_jax.training.results import Point, Row, average, collect, write_results
 from rpo_jax.training.run import find_versions
@@ -61,6 +62,7 @@ class Run:
     config: Config
 
 
+@compile_once()
 def main(argv: list[str]) -> None:
     """Trains and examines every arm of a study, and shows all of them side by side."""
     path, overrides = _parse(argv)

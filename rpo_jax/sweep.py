@@ -38,6 +38,7 @@ from rpo_jax.model.qwen2 import Params
 from rpo_jax.train import build, format_summary, open_inputs, summarise, train
 from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
+from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.evaluation import REFERENCE_NOTE, find_references, make_evaluate
 from rpo_jax.training.figures import draw_curves, draw_log_ratios, draw_maps
 from rpo_jax.training.measures import explain_measure
@@ -67,6 +68,7 @@ from rpo_jax.training.together import (
 from rpo_jax.training.workload import train_batches
 
 
+@compile_once()
 def main(argv: list[str]) -> None:
     """Trains the points of a sweep that are not finished, and shows what came of all of them."""
     args, overrides = _parse(argv)

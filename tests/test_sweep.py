@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ import pytest
 from rpo_jax import cli, sweep
 from rpo_jax.config import Mesh
 from rpo_jax.errors import UserError
+from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.optim import make_optimizer
+from rpo_jax.training.programs import make_job
 from rpo_jax.training.results import average
 from rpo_jax.training.run import read_metrics
 from rpo_jax.training.state import TrainState, abstract_state, split_params, start_from
@@ -155,6 +158,32 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
     curves = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs]
     assert len(curves[0]) == 6
     np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+def test_points_that_differ_in_numbers_alone_are_compiled_once():
+    """The cache of a sweep holds one step for all its points, another one for another program."""
+    with compile_once():
+        kept = Path(jax.config.jax_compilation_cache_dir)
+        for point, (alpha, beta, rate) in enumerate(POLICIES):
+            weights = {"alpha": alpha, "beta": beta}
+            config = make_config("rpo", rpo=weights, optim={"learning_rate": rate})
+            config = dataclasses.replace(config, seed=point)
+            make_job("step", config, SMALL.shape, jax.devices()[:1]).lower().compile()
+            assert len(list(kept.glob("jit_step-*-cache"))) == 1
+        config = make_config("rpo", train={"batch_rows": 4})
+        make_job("step", config, SMALL.shape, jax.devices()[:1]).lower().compile()
+        assert len(list(kept.glob("jit_step-*-cache"))) == 2
+    assert not kept.exists() and jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_that_is_set_serves_a_sweep_and_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with compile_once():
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert tmp_path.exists()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.mark.parametrize("flags", [["--at_once=2"], ["--together", "--at_once=-1"]])

@@ -1,0 +1,40 @@
+"""One compilation for all runs of a process that are the same program."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@contextlib.contextmanager
+def compile_once() -> Iterator[None]:
+    """Within it a program is compiled once, however many runs trace it anew.
+
+    It is jax's own cache of compiled programs, in a folder that is deleted in the end. Where one
+    is set already (JAX_COMPILATION_CACHE_DIR), as on pods, that one serves and stays.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="rpo_jax-compiled-") as folder:
+        compilation_cache.reset_cache()
+        with (
+            _set("jax_compilation_cache_dir", folder),
+            _set("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ):
+            try:
+                yield
+            finally:
+                compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _set(name: str, value: str | float) -> Iterator[None]:
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
