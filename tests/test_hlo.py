@@ -149,6 +149,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %copy-start.1 = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%p)
   %copy-done.1 = f32[8]{0} copy-done(%copy-start.1)
   %custom-call.1 = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %custom-call.2 = f32[8]{0} custom-call(%p), custom_call_target="ConcatBitcast"
   %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
   %add.1 = f32[] add(%x, %y)
   %fusion.1 = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"3"}
@@ -162,7 +163,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_what_has_no_estimate_is_counted():
     program = read_program(UNKNOWN)
     assert program.cycles == 3
-    assert program.unknown == {"fusion": 2, "sort": 1}
+    assert program.unknown == {"fusion": 2, "sort": 1, "ConcatBitcast": 1}
 
 
 SLICES = """HloModule jit_step, is_scheduled=true
