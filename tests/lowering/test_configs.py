@@ -35,7 +35,7 @@ PODS = [
 ]
 MID = [
     (f"configs/{name}.py:{size}", values[0])
-    for name in ("qwen25_mid_cpt", "qwen25_mid_rpo", "qwen25_mid_rpo_lora")
+    for name in ("qwen25_mid_cpt", "qwen25_mid_cpt_lora", "qwen25_mid_rpo", "qwen25_mid_rpo_lora")
     for size, values in load(name).SIZES.items()
 ]
 
