@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+_FOLDER = "jax_compilation_cache_dir"
+
 
 @contextlib.contextmanager
 def compile_once() -> Iterator[None]:
@@ -15,13 +17,13 @@ def compile_once() -> Iterator[None]:
     It is jax's own cache of compiled programs, in a folder that is deleted in the end. Where one
     is set already (JAX_COMPILATION_CACHE_DIR), as on pods, that one serves and stays.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if getattr(jax.config, _FOLDER):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="rpo_jax-compiled-") as folder:
         compilation_cache.reset_cache()
         with (
-            _set("jax_compilation_cache_dir", folder),
+            _set(_FOLDER, folder),
             _set("jax_persistent_cache_min_compile_time_secs", 0.0),
         ):
             try:

@@ -1,11 +1,12 @@
-"""Our CPT step of Qwen2.5-72B beside MaxText's, both compiled for 64 v5p chips and read alike.
+"""Our steps of Qwen2.5-72B beside MaxText's, all compiled for 64 v5p chips and read alike.
 
     python tests/benchmarks/maxtext_step.py --venv VENV --out tests/benchmarks/maxtext_step.json
 
-VENV has Python >= 3.12, `maxtext[tpu]==0.2.5` and this package's requirements: both programs are
-compiled in it, by the same libtpu. Rows of 4096 tokens, flash attention, AdamW. What was compiled
-is found again under --cache. The yardstick is `rpo_jax.sharding`: the compiler's cycles, attention
-kernels and exposed communication charged analytically.
+VENV has Python >= 3.12, `maxtext[tpu]==0.2.5` and this package's requirements: all programs are
+compiled in it, by the same libtpu. Rows of 4096 tokens, flash attention, AdamW; a row of RPO is a
+pair, 3072 tokens of prompt and 512 of each response. What was compiled is found again under
+--cache. The yardstick is `rpo_jax.sharding`: the compiler's cycles, attention kernels and exposed
+communication charged analytically.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rpo_jax.writing import write_json
 
 REPO = Path(__file__).resolve().parents[2]
 TOPOLOGY, ROW = "v5p:4x4x4", 4096
-# Rows a step, fsdp, tensor, remat policy.
+# Rows a step, fsdp, tensor, remat policy; of ours behind the stage.
 THEIRS = [
     (16, 16, 4, "full"),
     (16, 16, 4, "minimal"),
@@ -38,10 +39,11 @@ THEIRS = [
     (64, 64, 1, "minimal"),
 ]
 OURS = [
-    (16, 16, 4, "full"),
-    (16, 16, 4, "dots"),
-    (64, 64, 1, "dots"),
-    (64, 32, 2, "dots"),
+    ("cpt", 16, 16, 4, "full"),
+    ("cpt", 16, 16, 4, "dots"),
+    ("cpt", 64, 64, 1, "dots"),
+    ("cpt", 64, 32, 2, "dots"),
+    ("rpo", 16, 16, 4, "dots"),
 ]
 # Of every step of MaxText.
 _ALWAYS = {
@@ -148,9 +150,11 @@ print(json.dumps([memory.argument_size_in_bytes, memory.temp_size_in_bytes]))
 """
 
 
-def compile_ours(venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, remat: str) -> Any:
+def compile_ours(
+    venv: Path, cache: Path, stage: str, rows: int, fsdp: int, tensor: int, remat: str
+) -> dict[str, Any]:
     """Compiles our step of the same shape, in the same environment."""
-    text = cache / f"ours-{rows}-{fsdp}-{tensor}-{remat}.txt"
+    text = cache / f"ours-{stage}-{rows}-{fsdp}-{tensor}-{remat}.txt"
     note = text.with_suffix(".json")
     if not note.exists():
         fields = {
@@ -160,12 +164,14 @@ def compile_ours(venv: Path, cache: Path, rows: int, fsdp: int, tensor: int, rem
             "train.batch_rows": rows,
             "train.micro_batches": 1,
             "data.row_length": ROW,
+            "data.prompt_length": ROW * 3 // 4,
+            "data.response_length": ROW // 8,
             "model.remat": remat,
         }
         done = subprocess.run(
             [
                 *(venv / "bin" / "python", "-c", _COMPILE),
-                *(f"{REPO}/configs/qwen25_72b_cpt.py:{TOPOLOGY}", TOPOLOGY, text),
+                *(f"{REPO}/configs/qwen25_72b_{stage}.py:{TOPOLOGY}", TOPOLOGY, text),
                 *(f"--config.{name}={value}" for name, value in fields.items()),
             ],
             capture_output=True,
@@ -228,11 +234,12 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     args.cache.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
-    for name, make, cases in (("MaxText", compile_beside, THEIRS), ("ours", compile_ours, OURS)):
-        for case in cases:
-            key = "{}: {} rows, fsdp {} x tensor {}, remat {}".format(name, *case)
-            found[key] = read(make(args.venv, args.cache, *case), case[0], case[2])
-            print(key, found[key], flush=True)
+    cases = [("MaxText", compile_beside, case, case) for case in THEIRS]
+    cases += [(f"ours, {stage}", compile_ours, (stage, *case), case) for stage, *case in OURS]
+    for name, make, what, (rows, fsdp, tensor, remat) in cases:
+        key = f"{name}: {rows} rows, fsdp {fsdp} x tensor {tensor}, remat {remat}"
+        found[key] = read(make(args.venv, args.cache, *what), rows, tensor)
+        print(key, found[key], flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
     )
