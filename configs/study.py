@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from rpo_jax.config import choose, defaults
 
 # By form: size of the world, network, tokens that its text gets, worlds by number, seeds; steps of
-# copying, games, base, CPT and the arms after it; the learning rate of those arms; answers drawn
-# for each training question; test questions asked (0: all). Half of a vocabulary may be characters:
-# it has room for those of all names, which in bytes are hard to copy.
+# each game, practised one after the other (in a mixture a small model learns hardly any of them);
+# steps of base, CPT and the arms after it; the learning rate of those arms; answers drawn for each
+# training question; test questions asked (0: all). Half of a vocabulary may be characters, and it
+# holds those of all names (tested): in bytes they are hard to copy.
 FORMS: dict[str, dict[str, Any]] = {
     "quick": {
         "size": "quick",
@@ -23,7 +24,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 1664,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (60, 60, 400, 300, 100),
+        "games": {"copies": 40, "comparisons": 40, "choices": 30, "riddles": 40},
+        "steps": (360, 300, 100),
         "rate": 6e-4,
         "answers": 2,
         "questions": 64,
@@ -34,7 +36,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "vocabulary": 4096,
         "worlds": (0,),
         "seeds": (0,),
-        "steps": (1200, 1500, 5000, 3500, 320),
+        "games": {"copies": 1200, "comparisons": 800, "choices": 1000, "riddles": 2000},
+        "steps": (4000, 3000, 320),
         "rate": 1e-4,
         "answers": 4,
         "questions": 0,
@@ -43,9 +46,10 @@ FORMS: dict[str, dict[str, Any]] = {
         "size": "standard",
         "shape": "laptop-3m",
         "vocabulary": 4096,
-        "worlds": (1000,),
+        "worlds": (1001,),
         "seeds": (0, 1, 2),
-        "steps": (1200, 1500, 5000, 3500, 320),
+        "games": {"copies": 1200, "comparisons": 800, "choices": 1000, "riddles": 2500},
+        "steps": (5000, 3500, 320),
         "rate": 1e-4,
         "answers": 4,
         "questions": 0,
@@ -62,7 +66,7 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.init_from = "cpt"
     config.study.worlds = form["worlds"]
     config.study.seeds = form["seeds"]
-    config.study.unexamined = ("copying", "games")
+    config.study.unexamined = tuple(form["games"])
 
     config.data.source = "candidates"
     config.data.fictional.size = form["size"]
@@ -74,11 +78,12 @@ def get_config(arg: str = "quick") -> ConfigDict:
     config.data.prompt_length = 112
     config.data.response_length = 136
     config.data.row_length = 256
+    config.data.row_sizes, config.train.micro_batches = 4, 2  # half of a row of pairs is empty
 
     # beta and alpha as arXiv:2404.19733v3 found best; its learning rate, 7e-7, was for a 70B model.
     config.rpo.beta = 0.1
     config.rpo.alpha = 1.0
-    config.train.steps = form["steps"][4]
+    config.train.steps = form["steps"][2]
     config.train.batch_rows = 8
     config.optim.learning_rate = form["rate"]
     config.optim.warmup_steps = 8
@@ -92,41 +97,29 @@ def get_config(arg: str = "quick") -> ConfigDict:
 def arms(arg: str = "quick") -> Iterator[tuple[str, dict[str, Any]]]:
     """The paper's two stages, and the controls; alpha = 0 is DPO, no preference is SFT."""
     form = choose(FORMS, arg)
-    copying, games, base, cpt, _ = form["steps"]
+    base, cpt, _ = form["steps"]
     text = {
         "stage": "cpt",
         "data.source": "fictional",
         "train.batch_rows": 4,  # many small steps learn more of the same tokens
+        "train.micro_batches": 1,
         "optim.warmup_steps": 20,
         "optim.weight_decay": 0.1,
         "optim.learning_rate": 1e-3,
     }
-    # Copying first: words that mean nothing, said twice, teach it in minutes, mixed text does not.
-    yield (
-        "copying",
-        {
-            **text,
-            "init_from": "",
-            "model.shape": form["shape"],
-            "tokenizer.train_vocab_size": form["vocabulary"],
-            "data.fictional.text": "copies",
-            "train.steps": copying,
-        },
-    )
-    yield (
-        "games",
-        {
-            **text,
-            "init_from": "copying",
-            "data.fictional.text": "games",
-            "train.steps": games,
-        },
-    )
+    start = {
+        "init_from": "",
+        "model.shape": form["shape"],
+        "tokenizer.train_vocab_size": form["vocabulary"],
+    }
+    for game, steps in form["games"].items():
+        yield game, {**text, **start, "data.fictional.text": game, "train.steps": steps}
+        start = {"init_from": game}
     yield (
         "base",
         {
             **text,
-            "init_from": "games",
+            **start,
             "data.fictional.text": "general",
             "train.steps": base,
         },

@@ -96,9 +96,10 @@ class Fictional:
     size: str = option("quick", "preset", choices=("tiny", "quick", "standard"))
     text: str = option(
         "textbook",
-        "passages of a cpt stage: copies (words said twice), games (words compared and chosen), "
-        "general (language and answer formats), textbook, or both of the last",
-        choices=("copies", "games", "general", "textbook", "both"),
+        "passages of a cpt stage: copies, comparisons, choices or riddles (words without a meaning "
+        "said twice, compared, chosen, asked for); general (language and answer formats), "
+        "textbook, or both of these",
+        choices=("copies", "comparisons", "choices", "riddles", "general", "textbook", "both"),
     )
 
 

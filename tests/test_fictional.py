@@ -20,14 +20,21 @@ from rpo_jax.exams.fictional import (
     make_world,
     write_world,
 )
+from rpo_jax.exams.fictional.anatomy import follows, read_lines
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE
-from rpo_jax.exams.fictional.games import make_riddle, make_words, tell_choice, tell_comparison
+from rpo_jax.exams.fictional.games import (
+    make_riddle,
+    make_seals,
+    make_words,
+    tell_choice,
+    tell_comparison,
+)
 from rpo_jax.exams.fictional.graph import coin_stems
 from rpo_jax.exams.fictional.kinds import KINDS, explain, fill, judge
 from rpo_jax.exams.igakuqa import Question, read_demonstrations, read_questions
 from rpo_jax.exams.prompts import EXPLAIN_V1, EXPLAIN_ZERO_SHOT_V1, OFFICIAL_V1
 
-TINY_DIGEST = "781b0bb0c9c5fddce2f4f5281d2c7eb95e18f36159faa2f772fc83d0f8c3b9dd"
+TINY_DIGEST = "531211ccaa975710ac3702dbfff88209c8e32a26f553e2bfb3e689880571dc02"
 
 
 @pytest.fixture(scope="module", params=["tiny", "quick"])
@@ -88,6 +95,10 @@ def solve(graph, question: Question) -> tuple[str, ...]:
     return choose(lambda c: (c in signs(subject)) == (question.category == "所見"))
 
 
+def played(world):
+    return [document for texts in world.games.values() for document in texts]
+
+
 def exam_items(world):
     return [item for items in world.exam.values() for item in items]
 
@@ -100,7 +111,7 @@ def test_names_are_of_characters_that_no_wording_has(world):
     graphs = (world.medicine, world.animals, world.known)
     named = {name[0] for graph in graphs for name in names_of(graph)}
     assert named <= set(coin_stems(random.Random(0)))
-    passages = (*world.copies, *world.games, *world.general)
+    passages = (*played(world), *world.general)
     texts = (*passages, *world.textbook, *world.textbook_heldout)
     unnamed = "".join(d.text for d in texts)
     for name in named:
@@ -198,7 +209,7 @@ def test_sections_d_to_f_need_no_fact_that_training_questions_give_away(world):
 
 
 def test_general_text_knows_nothing_of_the_exam(world):
-    general = "".join(d.text for d in (*world.copies, *world.games, *world.general))
+    general = "".join(d.text for d in (*played(world), *world.general))
     general += "".join(d.text + "".join(d.choices) for d in world.demonstrations)
     assert not [name for name in names_of(world.medicine) if name in general]
     textbook = "".join(d.text for d in (*world.textbook, *world.textbook_heldout))
@@ -222,9 +233,9 @@ def test_general_text_teaches_both_answer_formats_and_few_shot_layouts(quick):
 
 
 def test_copies_say_everything_twice(world):
-    assert len(world.copies) == world.size.copies
+    assert {len(texts) for texts in world.games.values()} == {world.size.games}
     stems = set(coin_stems(random.Random(0)))
-    for document in world.copies:
+    for document in world.games["copies"]:
         said = [character for character in document.text if character in stems]
         assert said and said[: len(said) // 2] == said[len(said) // 2 :]
 
@@ -258,6 +269,21 @@ def test_riddles_hold_their_answers(world):
         letters = tuple(x for x, c in zip("abcde", riddle.choices, strict=True) if c in wanted)
         assert riddle.answers == letters != ()
         assert riddle.explanation.endswith(f"のは{'と'.join(letters)}である。")
+
+
+def test_seals_are_judged_by_what_the_explanation_drew(world):
+    words = make_words(sorted({name[0] for name in world.medicine.names}))
+    rng = random.Random(0)
+    for _ in range(300):
+        riddle = make_seals(rng, words)
+        wanted, asked = re.match(r"(.+)を印に(もつ|もたない)言葉はどれか。", riddle.text).groups()
+        lines = read_lines(riddle.explanation)
+        for letter, choice in zip(riddle.letters, riddle.choices, strict=True):
+            word, seals = lines[letter].clause.split("の印は")
+            has = set(seals.split("、")) == set(wanted.split("、"))
+            assert (word, lines[letter].applies) == (choice, has)
+            assert (letter in riddle.answers) == (has == (asked == "もつ"))
+        assert follows(riddle.explanation)
 
 
 def test_the_textbook_never_speaks_as_explanations_do(quick):

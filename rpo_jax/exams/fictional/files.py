@@ -18,8 +18,8 @@ WORLD_FILE = "world.json"
 def write_world(directory: str | Path, world: World) -> Path:
     """Writes a world, or finds that the same one is already there.
 
-    Files: ``copies.jsonl``, ``games.jsonl``, ``general.jsonl``, ``textbook.jsonl``,
-    ``textbook_heldout.jsonl`` (id, text),
+    Files: ``general.jsonl``, ``textbook.jsonl``, ``textbook_heldout.jsonl`` and one for each sort
+    of `GAMES`, such as ``copies.jsonl`` (id, text),
     ``pairs_train.jsonl``, ``pairs_heldout.jsonl`` (id, prompt, chosen, rejected), ``exam/`` in
     the IgakuQA layout (a year a split, see `SPLIT_YEARS`) and ``world.json``.
 
@@ -40,8 +40,8 @@ def write_world(directory: str | Path, world: World) -> Path:
 
 
 def _write_files(root: Path, world: World) -> None:
-    _write_lines(root / "copies.jsonl", world.copies)
-    _write_lines(root / "games.jsonl", world.games)
+    for name, texts in world.games.items():
+        _write_lines(root / f"{name}.jsonl", texts)
     _write_lines(root / "general.jsonl", world.general)
     _write_lines(root / "textbook.jsonl", world.textbook)
     _write_lines(root / "textbook_heldout.jsonl", world.textbook_heldout)
@@ -55,8 +55,7 @@ def _write_files(root: Path, world: World) -> None:
         "test_world": is_test_world(world.seed),
         "years": SPLIT_YEARS,
         "documents": {
-            "copies": len(world.copies),
-            "games": len(world.games),
+            **{name: len(texts) for name, texts in world.games.items()},
             "general": len(world.general),
             "textbook": len(world.textbook),
             "textbook_heldout": len(world.textbook_heldout),

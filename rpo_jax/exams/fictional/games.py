@@ -5,7 +5,7 @@ fits a question. What it lacks is practised here on words without a meaning.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rpo_jax.exams import prompts
 from rpo_jax.exams.fictional.domains import ANIMALS
@@ -24,7 +24,9 @@ _SAME_SUFFIX = 0.7  # of the groups of words, these end alike
 _APPLIES = 0.4  # of the words of a comparison, these are the one compared with
 _NEGATED = 0.3  # of the questions, these ask for what does not apply
 _EXPLAINED = 0.5  # of the other riddles, these are told with an explanation
-_NUMBERS = 0.3  # of the riddles, these are about numbers
+_NUMBERS = 0.2  # of the riddles, these are about numbers
+_REPEATED = 0.3  # of the texts of a game, these are of the games before it
+_SEALS = 0.5  # of the other riddles, these are about words that are drawn in the explanation
 
 
 def make_words(stems: Sequence[str]) -> Words:
@@ -44,11 +46,13 @@ def tell_twice(rng: random.Random, words: Words) -> str:
 
 
 def tell_comparison(rng: random.Random, words: Words) -> str:
-    """A password, and of each word that follows whether it is the one."""
-    password, *others = words(rng, rng.randrange(3, 8))
+    """A password, and of each word that follows whether it is the one.
+
+    With several passwords, or other words that come twice, it is not learned in minutes.
+    """
+    password, *others = words(rng, 10)
     said = [
-        password if rng.random() < _APPLIES else rng.choice(others)
-        for _ in range(rng.randrange(4, 11))
+        password if rng.random() < _APPLIES else others.pop() for _ in range(rng.randrange(4, 10))
     ]
     verdicts = "".join(f"{word}であり、{judge(word == password)}。" for word in said)
     return f"合い言葉は{password}である。{verdicts}"
@@ -63,7 +67,9 @@ def tell_choice(rng: random.Random, words: Words) -> str:
 
 
 def tell_riddle(rng: random.Random, words: Words) -> str:
-    """A riddle with its answer, explained where the answer alone would repeat the question."""
+    """A riddle with its answer, explained where the answer alone cannot be known or is said."""
+    if rng.random() < _SEALS:
+        return prompts.EXPLAIN_ZERO_SHOT_V1.render_worked(make_seals(rng, words))
     riddle = make_riddle(rng, words)
     answer = riddle.choices[riddle.letters.index(riddle.answers[0])]
     explained = answer in riddle.text or rng.random() < _EXPLAINED
@@ -71,10 +77,22 @@ def tell_riddle(rng: random.Random, words: Words) -> str:
     return format_.render_worked(riddle)
 
 
-def tell_game(rng: random.Random, words: Words) -> str:
-    """One of the above."""
-    tell = rng.choices((tell_twice, tell_comparison, tell_choice, tell_riddle), (1, 3, 2, 2))[0]
-    return tell(rng, words)
+# What is practised before there is anything to know, by the name of its texts.
+GAMES: Mapping[str, Callable[[random.Random, Words], str]] = {
+    "copies": tell_twice,
+    "comparisons": tell_comparison,
+    "choices": tell_choice,
+    "riddles": tell_riddle,
+}
+
+
+def play(rng: random.Random, words: Words, name: str) -> str:
+    """A text of a game, or now and then of one before it, which is easily forgotten."""
+    names = list(GAMES)
+    before = names[: names.index(name)]
+    if before and rng.random() < _REPEATED:
+        name = rng.choice(before)
+    return GAMES[name](rng, words)
 
 
 def make_riddle(rng: random.Random, words: Words) -> Question:
@@ -90,6 +108,28 @@ def make_riddle(rng: random.Random, words: Words) -> Question:
     choices = [word] * applying + others[: CHOICES - applying]
     rng.shuffle(choices)
     return _ask(f"{word}と{'異なる' if negated else '同じ'}言葉はどれか。", choices, word, negated)
+
+
+def make_seals(rng: random.Random, words: Words) -> Question:
+    """An exam question about seals of words, which are told in its explanation alone.
+
+    Nobody can know them: right or wrong are only the verdicts on what has just been told.
+    """
+    asked = rng.choice((1, 1, 3))
+    seals = words(rng, asked * (1 + CHOICES))
+    wanted, others = seals[:asked], seals[asked:]
+    negated = rng.random() < _NEGATED
+    applying = rng.sample(range(CHOICES), rng.randrange(1, 4))
+    choices = words(rng, CHOICES)
+    judged = []
+    for place, word in enumerate(choices):
+        applies = place in applying
+        own = rng.sample(wanted, asked) if applies else others[place * asked :][:asked]
+        judged.append((f"{word}の印は{'、'.join(own)}", applies))
+    explanation, answers = explain_choices(judged, negated)
+    what = "を印にもたない" if negated else "を印にもつ"
+    text = f"{'、'.join(wanted)}{what}言葉はどれか。{ask_for(len(answers))}"
+    return Question("", text, tuple(choices), answers, explanation=explanation)
 
 
 def _ask(text: str, choices: Sequence[str], wanted: str, negated: bool) -> Question:

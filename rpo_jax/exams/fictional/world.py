@@ -11,7 +11,7 @@ from functools import lru_cache
 from rpo_jax.errors import UserError
 from rpo_jax.exams import prompts
 from rpo_jax.exams.fictional.domains import ANIMALS, MEDICINE, Domain
-from rpo_jax.exams.fictional.games import make_words, tell_game, tell_twice
+from rpo_jax.exams.fictional.games import GAMES, make_words, play
 from rpo_jax.exams.fictional.graph import (
     SUBJECTS_STEP,
     Fact,
@@ -31,7 +31,7 @@ from rpo_jax.exams.fictional.kinds import (
 from rpo_jax.exams.fictional.passages import Document, tell_everyday, tell_facts
 from rpo_jax.exams.igakuqa import FIRST_EXAM_YEAR, Question
 
-VERSION = 5  # raise with any change of output; stored with every world
+VERSION = 6  # raise with any change of output; stored with every world
 TEST_SEEDS_FROM = 1000
 Taught = Sequence[tuple[Graph, Domain]]  # what the general text tells of
 
@@ -45,7 +45,7 @@ _HALVES = ((_SEEN_PARTS, "ABC"), (_UNSEEN_PARTS, "DEF"))
 _ANSWER_ONLY_PAIRS = 0.25
 _DEMONSTRATIONS = 3
 _FEW_SHOT_DOCUMENTS = 0.05
-_GAMES_EVERY = 3  # of the games, so many are one in the general text
+_GAMES_EVERY = 8  # of the games of a sort, so many are one in the general text
 # Of the general questions, those that come with the passage that answers them: reading is learned
 # before recalling. Kinds of question that one passage about the subject answers.
 _OPEN_BOOK_DOCUMENTS = 0.3
@@ -66,8 +66,7 @@ class Size:
         general_paraphrases: The same for the subjects of the general text.
         general_questions: Questions about them in the general text, each in both formats; the
             same one comes again with other choices.
-        copies: Texts in which words are said twice.
-        games: Texts in which words are copied, compared and chosen; the general text has some too.
+        games: Texts of each sort in `GAMES`; the general text has some of all.
         everyday: Passages of filler prose.
         variants: Training questions for each (kind of question, disease) in the train split.
     """
@@ -78,7 +77,6 @@ class Size:
     paraphrases: int
     general_paraphrases: int
     general_questions: int
-    copies: int
     games: int
     everyday: int
     variants: int
@@ -104,7 +102,6 @@ SIZES: Mapping[str, Size] = {
         paraphrases=2,
         general_paraphrases=1,
         general_questions=10,
-        copies=20,
         games=20,
         everyday=10,
         variants=1,
@@ -116,8 +113,7 @@ SIZES: Mapping[str, Size] = {
         paraphrases=12,
         general_paraphrases=4,
         general_questions=1500,
-        copies=6000,
-        games=6000,
+        games=3000,
         everyday=300,
         variants=2,
     ),
@@ -128,8 +124,7 @@ SIZES: Mapping[str, Size] = {
         paraphrases=48,
         general_paraphrases=12,
         general_questions=12000,
-        copies=24000,
-        games=30000,
+        games=24000,
         everyday=2000,
         variants=2,
     ),
@@ -166,8 +161,7 @@ class World:
     """See `make_world`.
 
     Attributes:
-        copies: Words said twice; to copy is what a model learns first.
-        games: Words copied, compared and chosen, where nothing need be known.
+        games: By sort, see `GAMES`: words copied, compared and chosen, where nothing need be known.
         general: For the base model: filler, animals, known diseases, both answer formats about
             either, and games.
         textbook: For continued pretraining: every medical fact in varied wordings.
@@ -183,8 +177,7 @@ class World:
     medicine: Graph
     animals: Graph
     known: Graph
-    copies: tuple[Document, ...]
-    games: tuple[Document, ...]
+    games: Mapping[str, tuple[Document, ...]]
     general: tuple[Document, ...]
     textbook: tuple[Document, ...]
     textbook_heldout: tuple[Document, ...]
@@ -223,10 +216,9 @@ def make_world(seed: int, size: Size) -> World:
     names = (*medicine.names, *animals.names, *known.names)
     words = make_words(sorted({name[0] for name in names}))
     rng = stream("games")
-    copies = [tell_twice(rng, words) for _ in range(size.copies)]
-    games = [tell_game(rng, words) for _ in range(size.games)]
+    games = {name: [play(rng, words, name) for _ in range(size.games)] for name in GAMES}
     general = _tell_general(stream("general"), size, taught, demonstrations, items)
-    general += games[::_GAMES_EVERY]
+    general += [text for texts in games.values() for text in texts[::_GAMES_EVERY]]
     stream("order").shuffle(general)
     rng = stream("textbook")
     textbook = [
@@ -244,8 +236,7 @@ def make_world(seed: int, size: Size) -> World:
         medicine=medicine,
         animals=animals,
         known=known,
-        copies=_number("copies", copies),
-        games=_number("games", games),
+        games={name: _number(name, texts) for name, texts in games.items()},
         general=_number("general", general),
         textbook=_number("textbook", textbook),
         textbook_heldout=_number("heldout", list(heldout)),
