@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rpo_jax.config import Config, describe, explain, field_names, resolve
-from rpo_jax.errors import Stopped, UserError
+from rpo_jax.errors import PassingError, Stopped, UserError, may_pass
 from rpo_jax.fields import suggestion
 
 # What the libraries say of a value of the wrong type, and what is said here.
@@ -56,7 +56,10 @@ def run(
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Shows a `UserError` as its message alone (status 2), a stop as a hint (128 + signal)."""
+    """Shows a `UserError` as its message alone, a stop as a hint.
+
+    The status is 2, or 75 where another try may mend it, and 128 + signal after a stop.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -64,7 +67,7 @@ def exit_on_error() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except Stopped as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + stopped.signal)
@@ -78,7 +81,7 @@ def exit_on_error() -> Iterator[None]:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(PassingError.status if may_pass(error) else UserError.status)
 
 
 def parse(

@@ -1,5 +1,20 @@
 """The exceptions that are not bugs."""
 
+import errno
+
+_PASSING = {
+    errno.EIO,
+    errno.EAGAIN,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+}
+
 
 class UserError(ValueError):
     """Bad input, named precisely: what was wrong, where, and what to do about it.
@@ -7,6 +22,17 @@ class UserError(ValueError):
     Commands show its message without a traceback and exit with status 2; every other exception is a
     bug of ours and keeps its traceback.
     """
+
+    status = 2
+
+
+class PassingError(UserError):
+    """What another try of the same command may mend: a host that is late, storage that is away.
+
+    Commands exit with status 75 (EX_TEMPFAIL of sysexits.h), which launchers try again.
+    """
+
+    status = 75
 
 
 class Stopped(Exception):
@@ -16,3 +42,8 @@ class Stopped(Exception):
         """What was stopped where, and by which signal number."""
         super().__init__(message)
         self.signal = signal
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether storage or a network is away, so that another try may go well."""
+    return isinstance(error, TimeoutError) or error.errno in _PASSING

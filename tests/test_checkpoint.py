@@ -1,6 +1,7 @@
 """Checkpoints: what was saved comes back, on another mesh too; what is damaged is named."""
 
 import dataclasses
+import errno
 import shutil
 
 import jax
@@ -154,3 +155,40 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path):
     largest.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="checkpoints/3: cannot be read and may be damaged"):
         load_params(folder, abstract_weights(NETWORK, ONE))
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    def __init__(self, code):
+        super().__init__(f"HTTP {code}")
+        self.code = code
+
+
+HttpError.__module__ = "gcsfs.retry"
+MISSING = FileNotFoundError(errno.ENOENT, "No such file or directory", "d/0")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.EIO, "Input/output error"), 75),
+        (TimeoutError("timed out"), 75),
+        (HttpError(503), 75),
+        (HttpError(403), 2),
+        (ValueError("UNAVAILABLE: Error reading gs://b/o: HTTP response code: 503"), 75),
+        (ValueError("DATA_LOSS: Error reading chunk"), 2),
+        (MISSING, 2),
+    ],
+    ids=repr,
+)
+def test_storage_that_is_away_is_no_damage(saved, monkeypatch, error, status):
+    def fail(*_, **__):
+        raise ValueError("a task failed") from error
+
+    with open_checkpoints(saved[0], Checkpoint(keep=2)) as checkpoints:
+        monkeypatch.setattr(checkpoints, "load_checkpointables", fail)
+        with pytest.raises(UserError, match="checkpoints/3: cannot be read") as told:
+            restore_state(checkpoints, abstract_state(NETWORK, TX, ONE))
+    assert told.value.status == status
+    assert ("may be damaged" in str(told.value)) == (status == 2)

@@ -1,9 +1,11 @@
 """The command line: overrides, help, and errors without tracebacks."""
 
+import errno
+
 import pytest
 
 from rpo_jax import __main__, cli, evaluate, generate
-from rpo_jax.errors import UserError
+from rpo_jax.errors import PassingError, UserError
 
 CONFIG = """
 from rpo_jax.config import defaults
@@ -203,5 +205,26 @@ def test_interrupt_and_bugs_are_told_apart(path, capsys):
         cli.run(fail, ["prog", f"--config={path}"])
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("wrong"), 2),
+        (PassingError("late"), 75),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a"), 2),
+        (OSError(errno.EIO, "Input/output error", "a"), 75),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer", "a"), 75),
+    ],
+    ids=repr,
+)
+def test_the_status_tells_whether_another_try_may_help(path, capsys, error, status):
+    def fail(config):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(fail, ["prog", f"--config={path}"])
+    assert ended.value.code == status
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_user_errors_are_value_errors():
-    assert issubclass(UserError, ValueError)
+    assert issubclass(UserError, ValueError) and issubclass(PassingError, UserError)

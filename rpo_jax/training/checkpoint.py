@@ -13,6 +13,7 @@ whole checkpoints.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from rpo_jax.config import Checkpoint as CheckpointConfig
-from rpo_jax.errors import UserError
+from rpo_jax.errors import PassingError, UserError, may_pass
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.state import TrainState
 from rpo_jax.weights.store import find_checkpoints, place_checkpoints
@@ -32,6 +33,11 @@ from rpo_jax.weights.workplace import refuse_unfinished
 # A host of another mesh, or an export, reads whole chunks for the part of an array that it wants.
 # A chunk is of one layer: an export goes layer by layer, and would else read all for each of them.
 _CHUNK_BYTES = 32 * 2**20
+
+# How clients of buckets tell that a server is away: by the library, and by the status in the text.
+_CLIENTS = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
+_AWAY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b")
+_REFUSED = (400, 401, 403, 404, 412)  # of HTTP: asked again, they are the same
 
 Read = Callable[[Any, jax.ShapeDtypeStruct], jax.Array]
 
@@ -231,15 +237,39 @@ def open_existing(folder: Path) -> ocp.training.Checkpointer:
 
 
 def _read(checkpoints: ocp.training.Checkpointer, step: int, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever goes wrong in Orbax is told as a UserError."""
+    """What `read` returns; whatever goes wrong in Orbax is told as a UserError.
+
+    As a PassingError if the storage is away.
+    """
     try:
         return read()
     except Exception as error:
+        if _is_away(error):
+            raise PassingError(
+                f"{checkpoints.directory}/{step}: cannot be read ({type(error).__name__}: {error}) "
+                "since the storage does not answer; the same command tries again"
+            ) from error
         raise UserError(
             f"{checkpoints.directory}/{step}: cannot be read and may be damaged "
             f"({type(error).__name__}: {error}); "
             "without that folder, the checkpoint before it is used, where there is one"
         ) from error
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, tells of storage that does not answer."""
+    while error is not None:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            return False
+        if isinstance(error, OSError) and may_pass(error):
+            return True
+        client = type(error).__module__.partition(".")[0] in _CLIENTS
+        if client and getattr(error, "code", getattr(error, "status", None)) not in _REFUSED:
+            return True
+        if _AWAY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_same_arrays(place: str, wanted: Any, stored: Any, cast: bool) -> None:

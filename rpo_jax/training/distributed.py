@@ -87,7 +87,8 @@ def joined(config: Config, cluster: Cluster) -> Iterator[None]:
     and the others say which it was.
 
     Raises:
-        UserError: some are missing or differ, or nothing says which process this is.
+        PassingError: some are missing.
+        UserError: some differ, or nothing says which process this is.
     """
     if cluster.processes == 1:
         if jax.process_count() > 1:
@@ -120,7 +121,7 @@ def joined(config: Config, cluster: Cluster) -> Iterator[None]:
             time.sleep(_ECHO_S)
         meeting.abandon(f"{error}" if isinstance(error, UserError) else f"{error!r}")
         # jax would wait at exit for the processes that ended.
-        atexit.register(os._exit, 2 if isinstance(error, UserError) else GONE)
+        atexit.register(os._exit, error.status if isinstance(error, UserError) else GONE)
         raise
     _part(meeting)
 

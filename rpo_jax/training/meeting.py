@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import selectors
 import socket
 import tempfile
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import PassingError, UserError
 
 GONE = 1  # exit status of a process that ends because another one did
 _AGAIN = "the same command, on every host, goes on from the last checkpoint"
@@ -113,8 +114,9 @@ def meet(place: Place, facts: Mapping[str, Any], shared: Path, timeout_s: float)
         timeout_s: seconds to wait for the others.
 
     Raises:
-        UserError: some did not come in time, differ, or do not see the folder; says which. It is
-            raised in all processes.
+        PassingError: some did not come in time, or are gone again; says which.
+        UserError: some differ, or do not see the folder; says which. Either is raised in all
+            processes alike.
     """
     deadline = time.monotonic() + timeout_s
     if place.index:
@@ -126,18 +128,20 @@ def meet(place: Place, facts: Mapping[str, Any], shared: Path, timeout_s: float)
     ):
         lines: dict[int, _Line] = {}
         told = {0: json.loads(json.dumps(facts))}  # tuples are lists, as for the others
-        problems = list(_gather(place, server, lines, told, timeout_s, deadline))
-        if not problems:
-            problems = list(_compare(told))
-        if not problems:
-            problems = list(_look_for(marker.name, lines, told))
+        found = list(_gather(place, server, lines, told, timeout_s, deadline))
+        if not found:
+            found = list(_compare(told))
+        if not found:
+            found = list(_look_for(marker.name, lines, told))
+        problems = [str(problem) for problem in found]
+        again = all(isinstance(problem, PassingError) for problem in found)
         names = {index: _name(index, said) for index, said in told.items()}
         for line in lines.values():
-            line.send({"problems": problems, "names": list(names.items())})
+            line.send({"problems": problems, "again": again, "names": list(names.items())})
     if problems:
         for line in lines.values():
             line.close()
-        _refuse(problems)
+        _refuse(problems, again)
     return Meeting(place, names, lines)
 
 
@@ -145,7 +149,7 @@ def _listen(place: Place) -> socket.socket:
     try:
         return socket.create_server(("", place.port))
     except OSError as error:
-        raise UserError(
+        raise PassingError(
             f"port {place.port} of this host cannot be had ({error}); does another run use it?"
         ) from error
 
@@ -157,7 +161,7 @@ def _gather(
     told: dict[int, dict[str, Any]],
     timeout_s: float,
     deadline: float,
-) -> Iterator[str]:
+) -> Iterator[UserError]:
     """Fills in lines and what each process told; yields what went wrong."""
     while len(told) < place.count:
         server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -166,7 +170,7 @@ def _gather(
         except TimeoutError:
             absent = sorted(set(range(place.count)) - told.keys())
             here = ", ".join(_name(index, said) for index, said in sorted(told.items()))
-            yield (
+            yield PassingError(
                 f"{len(told)} of {place.count} processes are here after {timeout_s:g} s: {here}; "
                 f"missing: {', '.join(f'process {index}' for index in absent)}"
             )
@@ -174,24 +178,31 @@ def _gather(
         hello = line.receive(_HELLO_S)
         if not hello or not {"index", "facts"} <= hello.keys():
             line.close()  # whoever that was
-        elif hello["index"] in told:
+        elif hello["index"] in told and not _has_hung_up(lines.get(hello["index"])):
             names = f"{told[hello['index']]['name']} and {hello['facts']['name']}"
             problem = f"two say that they are process {hello['index']}: {names}"
-            line.send({"problems": [problem]})
+            line.send({"problems": [problem], "again": False})
             line.close()
-            yield problem
+            yield UserError(problem)
             return
         else:
+            if before := lines.get(hello["index"]):  # it was started again
+                before.close()
             lines[hello["index"]], told[hello["index"]] = line, hello["facts"]
 
 
-def _compare(told: Mapping[int, dict[str, Any]]) -> Iterator[str]:
+def _has_hung_up(line: "_Line | None") -> bool:
+    """Whether a process that has said who it is, and has to wait now, is gone."""
+    return line is not None and bool(select.select([line.socket], [], [], 0)[0])
+
+
+def _compare(told: Mapping[int, dict[str, Any]]) -> Iterator[UserError]:
     """Each fact in which a process differs from process 0."""
     for index in sorted(told.keys() - {0}):
         for key in sorted(told[0].keys() | told[index].keys()):
             ours, theirs = told[0].get(key), told[index].get(key)
             if key != "name" and ours != theirs:
-                yield (
+                yield UserError(
                     f"{_name(index, told[index])} has {key} {theirs!r}, {_name(0, told[0])} "
                     f"{ours!r}"
                 )
@@ -199,12 +210,16 @@ def _compare(told: Mapping[int, dict[str, Any]]) -> Iterator[str]:
 
 def _look_for(
     marker: str, lines: Mapping[int, "_Line"], told: Mapping[int, dict[str, Any]]
-) -> Iterator[str]:
+) -> Iterator[UserError]:
+    """Yields who does not see a file, or is gone."""
     for line in lines.values():
         line.send({"look for": str(Path(marker).absolute())})
     for index, line in sorted(lines.items()):
-        if line.receive() != {"seen": True}:
-            yield (
+        answer = line.receive()
+        if answer is None:
+            yield PassingError(f"{_name(index, told[index])} is gone before the run began")
+        elif answer != {"seen": True}:
+            yield UserError(
                 f"{_name(index, told[index])} does not see {Path(marker).parent}, as process 0 "
                 "does; a workdir that all hosts share is wanted"
             )
@@ -218,7 +233,7 @@ def _attend(place: Place, facts: Mapping[str, Any], timeout_s: float, deadline: 
             line = _Line(_connect(place))
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise PassingError(
                     f"process 0 does not answer at {place.host}:{place.port} after {timeout_s:g} "
                     f"s ({error})"
                 ) from error
@@ -231,7 +246,7 @@ def _attend(place: Place, facts: Mapping[str, Any], timeout_s: float, deadline: 
     if message is None or message["problems"]:
         line.close()
         gone = f"process 0 at {place.host}:{place.port} is gone before the run began"
-        _refuse(message["problems"] if message else [gone])
+        _refuse(message["problems"] if message else [gone], not message or message.get("again"))
     return Meeting(place, dict(message["names"]), {0: line})
 
 
@@ -244,8 +259,10 @@ def _connect(place: Place) -> socket.socket:
     return connection
 
 
-def _refuse(problems: list[str]) -> NoReturn:
-    raise UserError("\n".join(f"processes: {problem}" for problem in problems))
+def _refuse(problems: list[str], again: bool | None) -> NoReturn:
+    """Raises problems, as one that another try may mend or as another."""
+    kind = PassingError if again else UserError
+    raise kind("\n".join(f"processes: {problem}" for problem in problems))
 
 
 def _name(index: int, facts: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rpo_jax.config import Checkpoint, Config, Lora
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.tokenizer import Tokenizer
-from rpo_jax.errors import UserError
+from rpo_jax.errors import PassingError, UserError
 from rpo_jax.model.lora import init_adapters, merge_kernel, put_rows, take_rows
 from rpo_jax.model.quantize import is_quantized, quantize_kernel
 from rpo_jax.model.qwen2 import Network, Params
@@ -240,6 +240,8 @@ def check_base(folder: Path, adapters: Adapters) -> None:
     """
     try:
         there = fingerprint_checkpoint(adapters.base, adapters.step)
+    except PassingError:
+        raise
     except UserError as error:
         raise UserError(
             f"{folder} holds adapters alone, and the model that they change is gone: step "
