@@ -23,7 +23,7 @@ from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.audit import audit_control_tokens
 from rpo_jax.training.checkpoint import find_best, open_checkpoints, restore_state
 from rpo_jax.training.distributed import OPTIONS, in_turn, joined, read_cluster
-from rpo_jax.training.dry_run import describe_run
+from rpo_jax.training.dry_run import describe_elsewhere, describe_run
 from rpo_jax.training.evaluation import find_references, make_evaluate
 from rpo_jax.training.loop import Look, heldout_names, run_steps
 from rpo_jax.training.measures import format_measures
@@ -76,7 +76,9 @@ def tell_plan(config: Config) -> Iterator[str]:
     inputs = list_inputs(config)
     missing = [name for name, found in inputs.items() if isinstance(found, UserError)]
     yield f"{format_inputs(inputs)}\n"
-    if "init_from" not in missing:  # the shape comes from there
+    if elsewhere := describe_elsewhere(config):
+        yield elsewhere
+    elif "init_from" not in missing:  # the shape comes from there
         yield describe_run(build(config))
     if missing:
         raise UserError(f"the run cannot start yet, see MISSING above: {', '.join(missing)}")

@@ -266,6 +266,26 @@ def test_dry_run_tells_what_is_there_and_what_is_missing(workdir, tmp_path, file
     assert f"see MISSING above: init_from, data.heldout {heldout}" in told
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"mesh__data": 1, "mesh__fsdp": 16, "mesh__tensor": 4, "model__attention": "splash"},
+            "the plan wants 64 devices of TPUs, here are 8 of cpu: `python -m rpo_jax.plan ",
+        ),
+        ({"mesh__fsdp": 3}, "the plan wants a multiple of 6 devices, here are 8 of cpu: "),
+        ({"model__attention": "splash"}, "a multiple of 4 devices of TPUs, here are 8 of cpu: "),
+    ],
+    ids=["a pod", "three", "a TPU"],
+)
+def test_dry_run_of_a_run_for_other_devices_lists_the_inputs(tmp_path, capsys, changes, told):
+    arguments = base_overrides(tmp_path, **changes)
+    cli.run(train_main, ["train", f"--config={BASE}", *arguments, "--dry_run"], dry_run="")
+    printed = capsys.readouterr().out
+    assert re.search(r"there +tokenizer ", printed) and told in printed
+    assert sum("the plan wants" in line for line in printed.splitlines()) == 1
+
+
 def test_dry_run_names_field_and_variable(tmp_path, capsys, monkeypatch):
     for name in ("IGAKUQA_DIR", "QWEN_TOKENIZER"):
         monkeypatch.delenv(name, raising=False)

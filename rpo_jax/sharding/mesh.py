@@ -19,14 +19,38 @@ def mesh_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
         UserError: the axes do not multiply to `device_count`.
     """
     sizes = dataclasses.asdict(config)
-    named = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if device_count % named or (not free and named != device_count):
+    named, free = _count_named(config)
+    if not is_enough(config, device_count):
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(
-            f"mesh ({asked}) wants {named} devices or a multiple, {device_count} are there"
+        mend = (
+            "the numbers have to divide them"
+            if free
+            else "take the config's argument for them (configs/NAME.py:SLICE), or mesh.fsdp=-1, "
+            "which is all that the other axes leave"
         )
-    return {axis: device_count // named if axis in free else size for axis, size in sizes.items()}
+        raise UserError(
+            f"mesh ({asked}) wants {say_wanted(config)}, {device_count} are there: {mend}"
+        )
+    return {axis: device_count // named if axis == free else size for axis, size in sizes.items()}
+
+
+def is_enough(config: MeshConfig, device_count: int) -> bool:
+    """Whether a mesh can be laid over so many devices."""
+    named, free = _count_named(config)
+    return device_count % named == 0 if free else device_count == named
+
+
+def say_wanted(config: MeshConfig) -> str:
+    """How many devices a mesh can be laid over, in words."""
+    named, free = _count_named(config)
+    return f"{'a multiple of ' if free and named > 1 else ''}{named} device{'s' * (named > 1)}"
+
+
+def _count_named(config: MeshConfig) -> tuple[int, str]:
+    """Devices on the axes that have a number, and the axis that takes the rest; "": none does."""
+    sizes = dataclasses.asdict(config)
+    free = next((axis for axis, size in sizes.items() if size == -1), "")
+    return math.prod(size for size in sizes.values() if size != -1), free
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -3,7 +3,9 @@
 import jax
 from etils import epath
 
+from rpo_jax.config import Config
 from rpo_jax.model.qwen2 import count_params
+from rpo_jax.sharding.mesh import is_enough, say_wanted
 from rpo_jax.training.estimate import local_bytes
 from rpo_jax.training.metrics import count_flops
 from rpo_jax.training.optim import make_optimizer
@@ -13,6 +15,19 @@ from rpo_jax.training.workload import Workload, example_batch, full_batch
 from rpo_jax.weights.store import place_checkpoints
 
 _GIB = 2**30
+
+
+def describe_elsewhere(config: Config) -> str:
+    """A line on the devices that a run wants and does not find here; "" where they are here."""
+    platform, count = jax.devices()[0].platform, jax.device_count()
+    for_tpus = config.model.attention == "splash"
+    if is_enough(config.mesh, count) and (platform == "tpu" or not for_tpus):
+        return ""
+    kind = " of TPUs" if for_tpus else ""
+    return (
+        f"the plan wants {say_wanted(config.mesh)}{kind}, here are {count} of {platform}: "
+        "`python -m rpo_jax.plan --config=... --topology=...` makes it without them"
+    )
 
 
 def describe_run(work: Workload) -> str:
