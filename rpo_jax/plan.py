@@ -1,6 +1,7 @@
 """What a run would take on chips that are not here: `python -m rpo_jax.plan --topology=v6e:8x8`."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from rpo_jax import cli
 from rpo_jax.config import Config
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, load_shape
-from rpo_jax.sharding.topology import open_topology
+from rpo_jax.sharding.mesh import make_mesh
+from rpo_jax.sharding.topology import Topology, open_topology
 from rpo_jax.training.estimate import BASIS, Plan, plan_program
 from rpo_jax.training.programs import PROGRAMS
 from rpo_jax.training.run import find_shape
@@ -18,7 +20,13 @@ from rpo_jax.training.search import format_line
 from rpo_jax.training.search import search as search_layouts
 from rpo_jax.writing import write_json
 
-_TOKENS = 1e9
+EXAMPLES = (
+    "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4",
+    "--config configs/qwen25_72b_rpo.py:v6e:8x8 --topology v6e:8x8,v5p:4x4x4 --tokens 2e9",
+    "--config 'configs/qwen25_72b_cpt.py:2*v6e:16x16' --topology '2*v6e:16x16'",
+    "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4 --search",
+    "--config configs/qwen25_mid_rpo_lora.py:7b-l4 --topology l4:1",
+)
 _UNTIMED = "unknown: the compiler for GPUs counts no cycles"
 
 
@@ -36,12 +44,15 @@ def main(
     For GPUs of one host (h100:8) likewise, but for the time: their compiler counts no cycles.
     """
     if not topology:
-        raise UserError("--topology is wanted: v6e:8x8, or several as v6e:8x8,2*v6e:16x16,h100:8")
+        raise UserError("--topology is wanted: v6e:8x8, '2*v6e:16x16', h100:8; several with commas")
     jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere
-    length, count = _number("tokens", tokens, _TOKENS), _number("meshes", meshes, 4)
+    length = _number("tokens", tokens) if tokens else None
+    count = _number("meshes", meshes or "4")
     slices, programs = topology.split(","), _programs(program)
     opened = [open_topology(name) for name in slices]  # before anything is compiled
-    if search and (untimed := [one.name for one in opened if not one.chip.clock_hz]):
+    if not search:
+        check_meshes(config, opened)
+    elif untimed := [one.name for one in opened if not one.chip.clock_hz]:
         raise UserError(f"--search ranks by time, which is unknown of a GPU: {', '.join(untimed)}")
     plans: list[Plan] = []
     for slice_ in slices:
@@ -55,7 +66,20 @@ def main(
             write_json(Path(json), plans)  # each time: the next may fail, or take long
 
 
-def plan(config: Config, topology: str, program: str = "step", tokens: float = _TOKENS) -> Plan:
+def check_meshes(config: Config, topologies: Sequence[Topology]) -> None:
+    """Refuses a config whose mesh cannot be laid over each of several topologies.
+
+    Raises:
+        UserError: names the first that it cannot.
+    """
+    for topology in topologies:
+        try:
+            make_mesh(config.mesh, topology.devices)
+        except UserError as error:
+            raise UserError(f"--topology={topology.name}: {error}") from error
+
+
+def plan(config: Config, topology: str, program: str = "step", tokens: float | None = None) -> Plan:
     """The plan of a program of a run on one topology; see `training.estimate.plan_program`."""
     opened = open_topology(topology)
     logging.info("compiling %s for %s: a minute or two for a large model", config.name, topology)
@@ -64,7 +88,7 @@ def plan(config: Config, topology: str, program: str = "step", tokens: float = _
     )
 
 
-def find(config: Config, topology: str, tokens: float, meshes: float) -> list[Plan]:
+def find(config: Config, topology: str, tokens: float | None, meshes: float) -> list[Plan]:
     """Plans of a run's step in other layouts on one topology; see `training.search.search`."""
     opened = open_topology(topology)
     cache = Path(config.workdir) / "plans"
@@ -82,9 +106,9 @@ def _programs(names: str) -> list[str]:
     return names.split(",") if names else ["step"]
 
 
-def _number(name: str, text: str, default: float) -> float:
+def _number(name: str, text: str) -> float:
     try:
-        number = float(text or default)
+        number = float(text)
     except ValueError as error:
         raise UserError(f"--{name}={text}: a number is wanted, as in 2e9") from error
     if not number >= 1:
@@ -143,9 +167,18 @@ def _say_speed(found: Plan) -> dict[str, str]:
         f"{seconds['exposed_communication']:.3f} exposed communication",
         "no estimate": _list_unknown(found["ops_without_estimate"]),
         "speed": f"{found['tokens_per_s_per_chip']:,} tokens/s/chip, MFU {found['mfu']:.1%}",
-        "cost": f"{found['run_chip_hours']:,} chip-hours for {found['run_tokens']:,.0f} tokens",
+        "cost": f"{found['run_chip_hours']:,} chip-hours for {found['run_tokens']:,.0f} tokens"
+        + _say_whose(found),
         "basis": found["basis"],
     }
+
+
+def _say_whose(found: Plan) -> str:
+    """Ends the cost: whose tokens these are, where the command line does not say."""
+    if "run_steps" not in found:
+        return ""
+    all_of = "all of" if found["program"] == "step" else "as many as in all of"
+    return f", {all_of} the run's {found['run_steps']:,} steps"
 
 
 def _list_sizes(sizes: dict[str, Any]) -> str:
@@ -173,17 +206,14 @@ def _table(lines: dict[str, str]) -> str:
 if __name__ == "__main__":
     cli.run(
         main,
-        examples=(
-            "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4",
-            "--config configs/qwen25_72b_rpo.py --topology v6e:8x8,2*v6e:16x16 --tokens 2e9",
-            "--config configs/qwen25_72b_cpt.py --topology v5p:4x4x4 --search",
-            "--config configs/qwen25_mid_rpo_lora.py:7b-l4 --topology l4:1",
-        ),
+        examples=EXAMPLES,
         search="try meshes, micro-batches and remat policies, and rank what fits",
         options={
-            "topology": "to compile for, with commas between: v6e:8x8, 2*v6e:16x16, h100:8",
+            "topology": "to compile for: v6e:8x8, '2*v6e:16x16', h100:8; several with commas "
+            "between, where the mesh of the config fits each",
             "program": f"of the run, with commas between: {', '.join(PROGRAMS)}; step unless said",
-            "tokens": "of the run whose cost is told; 1e9 unless said",
+            "tokens": "whose cost is told; those of the config's run, train.steps of full rows, "
+            "unless said",
             "meshes": "that a search compiles for; 4 unless said",
             "json": "file to write the plans to as well",
         },

@@ -2,9 +2,12 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import re
+import shlex
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,9 +15,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rpo_jax import plan as command
+from rpo_jax.cli import load_config
 from rpo_jax.config import Lora, Mesh
 from rpo_jax.errors import UserError
 from rpo_jax.model.qwen2 import count_params
+from rpo_jax.sharding.gpus import GPUS
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import local_bytes, plan_program
@@ -25,6 +30,7 @@ from tests.tiny import NETWORK, SHAPE, make_config
 
 pytest.importorskip("libtpu", reason="compiling for TPUs wants libtpu: pip install .[tpu]")
 
+REPO = Path(__file__).resolve().parents[1]
 FORMS = {"uint4": 512, "int8": 1024, "bfloat16": 2048, "float32": 4096}
 WIDE = dataclasses.replace(
     SHAPE,
@@ -135,7 +141,43 @@ def test_several_slices_in_one_call_and_their_plans_in_a_file(tmp_path, capsys):
     assert [plan["topology"] for plan in plans] == ["v6e:1x1", "v5e:1x1"]
     assert {plan["run_tokens"] for plan in plans} == {2e9}
     printed = capsys.readouterr().out
-    assert printed.count("chip-hours for 2,000,000,000 tokens") == 2
+    assert printed.count("chip-hours for 2,000,000,000 tokens\n") == 2
+    # Unless said, the cost is that of the run itself: all steps of two rows of 256 tokens.
+    steps = config.train.steps
+    command.main(config, topology="v6e:1x1", json=str(path))
+    (plan,) = json.loads(path.read_text())
+    assert (plan["run_tokens"], plan["run_steps"]) == (steps * 2 * 256, steps)
+    hours = steps * 512 / plan["tokens_per_s_per_chip"] / 3600
+    assert plan["run_chip_hours"] == pytest.approx(hours, abs=0.06)
+    told = f"chip-hours for {steps * 512:,} tokens, all of the run's {steps:,} steps\n"
+    assert told in capsys.readouterr().out
+
+
+def list_examples():
+    """What follows the command's name, as `--help` and the README have it."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    return [*command.EXAMPLES, *re.findall(r"^python -m rpo_jax\.plan (.*)$", readme, re.M)]
+
+
+@pytest.mark.parametrize("example", list_examples())
+def test_the_mesh_of_every_example_fits_its_topologies(example):
+    words = dict(itertools.pairwise(shlex.split(example)))
+    config = load_config(words["--config"])
+    for name in words["--topology"].split(","):
+        card, _, count = name.partition(":")
+        if card in GPUS:  # their compiler is an extra; as many devices will do
+            make_mesh(config.mesh, jax.devices()[: int(count)])
+        else:
+            command.check_meshes(config, [open_topology(name)])
+
+
+def test_a_mesh_has_to_fit_every_topology_before_anything_is_compiled(tmp_path):
+    config = small_run(model={"shape": "laptop-names"}, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    config = dataclasses.replace(config, workdir=str(tmp_path))
+    told = r"--topology=v6e:2x2: mesh \(data=1, .*\) wants 1 device, 4 are there"
+    with pytest.raises(UserError, match=told):
+        command.main(config, topology="v6e:1x1,v6e:2x2")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
 from rpo_jax.sharding.topology import Topology
 from rpo_jax.training.programs import Job, make_job
-from rpo_jax.training.workload import Workload
+from rpo_jax.training.workload import Workload, full_batch
 from rpo_jax.writing import write_whole
 
 Plan = dict[str, Any]
@@ -51,7 +51,12 @@ _MEMORY = {
 
 
 def plan_program(
-    program: str, config: Config, shape: ModelShape, topology: Topology, cache: Path, tokens: float
+    program: str,
+    config: Config,
+    shape: ModelShape,
+    topology: Topology,
+    cache: Path,
+    tokens: float | None,
 ) -> Plan:
     """Compiles a program of a run for a topology, and reads off what it takes.
 
@@ -61,7 +66,7 @@ def plan_program(
         shape: of the network; the model folder itself is not needed.
         topology: chips to compile for.
         cache: folder of compiled programs, by a digest of program, topology and versions.
-        tokens: of the run whose cost is told.
+        tokens: whose cost is told; None: those of the run, all its steps with full rows.
 
     Returns:
         A plan, ready for JSON; units are in the names. `fits` is False where the program is too
@@ -204,12 +209,17 @@ def _what_would_help(work: Workload, state: float, used: float, limit: float) ->
     return advice
 
 
-def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float) -> Plan:
+def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float | None) -> Plan:
     program = read_program(compiled["hlo"])
     mesh = job.work.mesh
     seconds = estimate_seconds(program, topology, list(mesh.devices.flat))
     rate = job.tokens / seconds.step / topology.chips
     traffic = sum_by_axes(program, dict(mesh.shape))
+    steps = job.work.config.train.steps
+    if tokens is None:
+        cost = {"run_tokens": steps * full_batch(job.work)["tokens"].size, "run_steps": steps}
+    else:
+        cost = {"run_tokens": tokens}
     return {
         "collectives_gb": {
             axes: {kind: round(size / 1e9, 2) for kind, size in kinds.items()}
@@ -229,8 +239,8 @@ def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float
         },
         "tokens_per_s_per_chip": round(rate, 1),
         "mfu": round(job.model_flops / seconds.step / topology.chip.flops / topology.chips, 4),
-        "run_tokens": tokens,
-        "run_chip_hours": round(tokens / rate / 3600, 1),
+        **cost,
+        "run_chip_hours": round(cost["run_tokens"] / rate / 3600, 1),
         "basis": BASIS,
     }
 

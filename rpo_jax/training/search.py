@@ -20,7 +20,12 @@ _SEQ = (1, 2, 4)
 
 
 def search(
-    config: Config, shape: ModelShape, topology: Topology, cache: Path, tokens: float, meshes: int
+    config: Config,
+    shape: ModelShape,
+    topology: Topology,
+    cache: Path,
+    tokens: float | None,
+    meshes: int,
 ) -> list[Plan]:
     """Plans of the training step in several layouts: those that fit, the fastest first; the rest.
 
@@ -34,7 +39,7 @@ def search(
         shape: of the network.
         topology: chips to compile for.
         cache: of compiled programs: a search that was stopped goes on where it was.
-        tokens: of the run whose cost is told.
+        tokens: whose cost is told; None: those of the run.
         meshes: how many are compiled for.
 
     Raises:
@@ -109,7 +114,7 @@ def _candidates(config: Config, shape: ModelShape, topology: Topology) -> Iterat
 
 
 def _climb(
-    job: Job, shape: ModelShape, topology: Topology, cache: Path, tokens: float
+    job: Job, shape: ModelShape, topology: Topology, cache: Path, tokens: float | None
 ) -> Iterator[Plan]:
     """Plans on one mesh until one fits, and then with as much kept as fits."""
     config, mesh = job.work.config, job.work.mesh
