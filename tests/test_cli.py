@@ -1,6 +1,9 @@
 """The command line: overrides, help, and errors without tracebacks."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -179,6 +182,33 @@ def test_python_m_rpo_jax_lists_the_verbs(capsys):
     assert "rpo_jax.train     Trains one run.\n" in told
     assert "rpo_jax.pair      Preference pairs of an exam.\n" in told
     assert "rpo_jax.cli " not in told and "__main__" not in told
+    assert __main__.main(["--help"]) == 0
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["train", "--config=a.py"], "with a dot, python -m rpo_jax.train ..., is wanted"),
+        (["study"], "with a dot, python -m rpo_jax.study, is wanted"),
+        (["trane"], "python -m rpo_jax.<verb> ... is wanted, a verb of convert, evaluate, "),
+        (["--config=a.py"], "python -m rpo_jax.<verb> ... is wanted, a verb of "),
+    ],
+)
+def test_python_m_rpo_jax_takes_no_arguments(capsys, args, hint):
+    assert __main__.main(args) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith(f"error: unexpected argument {args[0]!r}; {hint}")
+
+
+def test_the_list_of_verbs_may_be_cut_off():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "rpo_jax"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_overrides_stand_beside_flags():
