@@ -2,7 +2,9 @@
 
 `--config=configs/qwen25_mid_cpt.py:0.5b` is meant for the one v5e chip of a free Colab, `1.5b` and
 `7b` for one host of eight v6e chips, those with a card's name for GPUs of one host; `rpo_jax.plan`
-tells whether they fit. Wants the converted model and your own text.
+tells whether they fit. Wants the converted model, your own text, and the exam whose questions are
+kept out of it: IGAKUQA_DIR or data.igakuqa.directory, a copy of the data folder of
+github.com/jungokasai/IgakuQA (or data.corpus.decontaminate=False).
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +38,7 @@ def get_config(arg: str = "0.5b") -> ConfigDict:
 
     config.data.train = ("corpus/train/*.jsonl.gz",)
     config.data.heldout = ("corpus/heldout/*.jsonl.gz",)
+    config.data.corpus.exams = ("igakuqa",)  # whose questions are kept out of the text
     config.data.row_length = 2048
 
     config.train.steps = 1000

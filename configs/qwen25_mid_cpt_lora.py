@@ -2,7 +2,8 @@
 
 `--config=configs/qwen25_mid_cpt_lora.py:7b` is QLoRA over nf4; 1.5b is over bfloat16, and 0.5b has
 room for all its weights (qwen25_mid_cpt.py). Rows and steps are those of qwen25_mid_cpt.py. The run
-is what qwen25_mid_rpo_lora.py may start from: `--config.init_from=qwen25-mid-cpt-lora`.
+is what qwen25_mid_rpo_lora.py may start from: `--config.init_from=qwen25-mid-cpt-lora`. Wants what
+qwen25_mid_cpt.py wants, the exam too.
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def get_config(arg: str = "7b") -> ConfigDict:
 
     config.data.train = ("corpus/train/*.jsonl.gz",)
     config.data.heldout = ("corpus/heldout/*.jsonl.gz",)
+    config.data.corpus.exams = ("igakuqa",)  # whose questions are kept out of the text
     config.data.row_length = 2048
 
     config.train.steps = 1000

@@ -256,8 +256,8 @@ class Corpus:
     exams: tuple[str, ...] = option(
         (),
         "whose questions: names of exams, a year after a colon (igakuqa:2022), or .jsonl files "
-        "with `text`; empty: what the source holds out, or, for files, every exam that an "
-        "environment variable leads to",
+        "with `text`; igakuqa is in data.igakuqa.directory or $IGAKUQA_DIR; empty: what the "
+        "source holds out, or, for files, every exam that an environment variable leads to",
     )
     max_overlap: float = option(
         0.5,

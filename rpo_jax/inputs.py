@@ -9,7 +9,7 @@ from rpo_jax.data.files import find_files
 from rpo_jax.errors import UserError
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.igakuqa import read_demonstrations
-from rpo_jax.exams.sources import find_exam_folder
+from rpo_jax.exams.sources import find_exam_folder, read_kept_out
 from rpo_jax.prepare import load_tokenizer
 from rpo_jax.training.checkpoint import has_checkpoint
 from rpo_jax.training.run import find_shape
@@ -58,7 +58,7 @@ def _list_looks(config: Config) -> Iterator[tuple[str, Callable[[], str]]]:
             if name.endswith(".jsonl"):
                 yield from _look_for_files(config, "data.corpus.exams", (name,))
             else:
-                yield f"data.corpus.exams {name}", partial(_ask_for, name.split(":")[0])
+                yield f"data.corpus.exams {name}", partial(_find_kept_out, config, name)
     if config.exam.name:
         yield "exam.name", lambda: _ask_for(config.exam.name, config.exam.directory)
 
@@ -102,8 +102,14 @@ def _find_exam(config: Config, name: str) -> str:
     return f"{folder}: {len(questions):,} questions"
 
 
+def _find_kept_out(config: Config, name: str) -> str:
+    """The exam whose questions the training text must not hold."""
+    folder, questions = read_kept_out(config, name)
+    return f"{folder}: {len(questions):,} questions to keep out"
+
+
 def _ask_for(name: str, directory: str = "") -> str:
-    """The folder of an exam that the run is measured by, or keeps out of its text."""
+    """The folder of an exam that the run is measured by."""
     if name == "fictional" and not directory:
         return f"fictional: {_MADE}"
     exam = find_exam(name)

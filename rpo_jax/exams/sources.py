@@ -131,8 +131,9 @@ def find_questions(config: Config) -> Questions | None:
     asked = list(_read_questions(config))
     if not asked:
         logging.warning(
-            "no evaluation questions are known (data.corpus.exams), so none are kept out of the "
-            "training text"
+            "warning: no evaluation questions are known, so NONE ARE KEPT OUT of the training "
+            "text, and the records are others than where they are known: name the exam "
+            "(--config.data.corpus.exams=\"('igakuqa',)\"), or set IGAKUQA_DIR on every machine"
         )
         return None
     return index_questions({name: _versions(question) for name, question in asked})
@@ -154,11 +155,36 @@ def _read_questions(config: Config) -> Iterator[tuple[str, Question | str]]:
                 for where, record in read_objects(path):
                     yield str(record.get("id", where)), take_string(where, record, "text")
             continue
-        exam = find_exam(name.partition(":")[0])
-        _, _, year = name.partition(":")
-        if year and not year.isdecimal():
-            raise UserError(f"data.corpus.exams: {name!r}: a year is wanted after the colon")
-        yield from _ids(exam.read(exam.find(), [int(year)] if year else exam.years))
+        yield from _ids(read_kept_out(config, name)[1])
+
+
+def read_kept_out(config: Config, name: str) -> tuple[Path, list[Question]]:
+    """The folder of an exam of `data.corpus.exams`, and its questions.
+
+    Raises:
+        UserError: there is no such exam, nothing says where it is, or it cannot be read.
+    """
+    name, _, year = name.partition(":")
+    exam = find_exam(name)
+    if year and not year.isdecimal():
+        raise UserError(f"data.corpus.exams: {name}:{year}: a year is wanted after the colon")
+    ours = config.data.igakuqa.directory if name == "igakuqa" else ""
+    named = ours or os.environ.get(exam.directory_variable, "")
+    if not named:
+        also = ", or data.igakuqa.directory" if name == "igakuqa" else ""
+        variable = exam.directory_variable
+        mend = (
+            f"set {variable}{also}, to a copy of {exam.source}"
+            if variable
+            else "name a .jsonl file"
+        )
+        raise UserError(
+            f"data.corpus.exams={config.data.corpus.exams}: the questions of {name} are to be kept "
+            f"out of the training text, and nothing says where they are: {mend}; "
+            "--config.data.corpus.decontaminate=False trains on text that may hold them"
+        )
+    folder = Path(named).expanduser()
+    return folder, exam.read(folder, [int(year)] if year else exam.years or None)
 
 
 def _is_at_hand(name: str) -> bool:
