@@ -1,8 +1,8 @@
 """RPO with adapters of rank 16 on one chip, a free Colab's v5e or a GPU; the size is the argument.
 
 `--config=configs/qwen25_mid_rpo_lora.py:7b` is QLoRA over nf4; 0.5b and 1.5b are over bfloat16.
-Rows are those of qwen25_mid_rpo.py. Starts from the converted model; `--config.init_from` names
-another one, such as the run of qwen25_mid_cpt.py.
+Rows are those of qwen25_mid_rpo.py. Starts from the released model, converted, unless
+`--config.init_from=qwen25-mid-cpt-lora` names the run of qwen25_mid_cpt_lora.py, or another one.
 """
 
 from ml_collections import ConfigDict
