@@ -215,11 +215,10 @@ def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float
     seconds = estimate_seconds(program, topology, list(mesh.devices.flat))
     rate = job.tokens / seconds.step / topology.chips
     traffic = sum_by_axes(program, dict(mesh.shape))
-    steps = job.work.config.train.steps
+    asked: Plan = {}
     if tokens is None:
-        cost = {"run_tokens": steps * full_batch(job.work)["tokens"].size, "run_steps": steps}
-    else:
-        cost = {"run_tokens": tokens}
+        asked = {"run_steps": job.work.config.train.steps}
+        tokens = asked["run_steps"] * full_batch(job.work)["tokens"].size
     return {
         "collectives_gb": {
             axes: {kind: round(size / 1e9, 2) for kind, size in kinds.items()}
@@ -239,8 +238,9 @@ def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float
         },
         "tokens_per_s_per_chip": round(rate, 1),
         "mfu": round(job.model_flops / seconds.step / topology.chip.flops / topology.chips, 4),
-        **cost,
-        "run_chip_hours": round(cost["run_tokens"] / rate / 3600, 1),
+        "run_tokens": tokens,
+        **asked,
+        "run_chip_hours": round(tokens / rate / 3600, 1),
         "basis": BASIS,
     }
 
