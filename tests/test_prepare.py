@@ -13,11 +13,8 @@ from rpo_jax.data.records import open_records
 from rpo_jax.errors import UserError
 from rpo_jax.exams.igakuqa import read_demonstrations, read_questions
 from rpo_jax.exams.prompts import OFFICIAL_COMPLETION_V1
-from rpo_jax.exams.sources import find_questions, find_text
-from rpo_jax.inputs import list_inputs
+from rpo_jax.exams.sources import find_text
 from rpo_jax.prepare import load_tokenizer, main, prepare, show_records
-from tests.processes import REPO
-from tests.sittings import make_exam
 
 # ml_collections loads config files by a method that Python 3.11 calls deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -286,41 +283,6 @@ def test_the_exam_is_found_by_environment(tmp_path, exam_values, igakuqa_dir, mo
     monkeypatch.setenv("IGAKUQA_DIR", str(igakuqa_dir))
     for files in find_text(config).values():
         assert [len(path.read_text().splitlines()) for path in files] == [QUESTIONS]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(REPO.glob("configs/qwen25_*_cpt*.py")), ids=lambda p: p.stem
-)
-def test_configs_of_the_released_sizes_name_the_exam_that_is_kept_out(path, monkeypatch):
-    config = cli.load_config(str(path))
-    assert config.data.corpus.exams == ("igakuqa",)
-    monkeypatch.delenv("IGAKUQA_DIR", raising=False)
-    told = r"igakuqa are to be kept out .*: set IGAKUQA_DIR, or data\.igakuqa\.directory, to "
-    with pytest.raises(UserError, match=told):
-        find_questions(config)
-    assert re.search(told, str(list_inputs(config)["data.corpus.exams igakuqa"]))
-    anyway = cli.load_config(str(path), ["--config.data.corpus.decontaminate=False"])
-    assert find_questions(anyway) is None
-
-
-def test_the_exam_that_is_kept_out_is_found_either_way(tmp_path, file_values, monkeypatch):
-    """By the field as by the variable, and the records are the same."""
-    folder, questions = make_exam(tmp_path)
-    name = f"igakuqa:{questions[0].year}"
-    values = file_values | {"data__corpus__exams": (name,)}
-    monkeypatch.delenv("IGAKUQA_DIR", raising=False)
-    field = make_config(tmp_path, **values, data__igakuqa__directory=str(folder))
-    by_field = find_questions(field)
-    assert "questions to keep out" in list_inputs(field)[f"data.corpus.exams {name}"]
-    monkeypatch.setenv("IGAKUQA_DIR", str(folder))
-    by_variable = find_questions(make_config(tmp_path, **values))
-    assert len(by_field) == len(questions) and by_field.fingerprint == by_variable.fingerprint
-
-
-def test_text_that_nothing_is_kept_out_of_is_warned_of(tmp_path, file_values, monkeypatch, caplog):
-    monkeypatch.delenv("IGAKUQA_DIR", raising=False)
-    assert find_questions(make_config(tmp_path, **file_values)) is None
-    assert "warning: no evaluation questions are known, so NONE ARE KEPT OUT" in caplog.text
 
 
 TEXT = "".join(f'{{"text": "number {n} of {n * n}"}}\n' for n in range(300))
