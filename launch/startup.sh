@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Runs as root on every host of a slice, at each boot, below the settings and `act`, which runs or
-# prints a command, that tpu_vm.sh puts first.
+# prints a command, that tpu_vm.sh puts first: it is no script by itself.
 # Mounts the bucket and starts the job as a service: a slice that comes up anew goes on by itself.
-# startup.sh --dry-run prints what it would do.
+# What it would do: launch/tpu_vm.sh create --dry-run FILE.env | tail -n +2 | bash -s -- --dry-run
 set -euo pipefail
+if ! declare -F act >/dev/null; then
+  echo 'error: startup.sh wants the settings of a job above it: see launch/tpu_vm.sh create --dry-run' >&2
+  exit 2
+fi
 dry=''
 [[ ${1:-} == --dry-run ]] && dry=yes
 
@@ -19,14 +23,20 @@ install_gcsfuse() {
 
 mount_bucket() {
   act mkdir -p /mnt/rpo
-  # What one host writes, the others must see at once: nothing about files is cached.
-  act gcsfuse --implicit-dirs --rename-dir-limit=1000 --metadata-cache-ttl-secs=0 -o allow_other \
+  # What one host writes, the others must see at once: nothing about files is cached. A folder gets its
+  # name when it is whole; the weights of the 72B are 5,217 files.
+  act gcsfuse --implicit-dirs --rename-dir-limit=10000 --metadata-cache-ttl-secs=0 -o allow_other \
     "$BUCKET" /mnt/rpo
 }
 
 # docker stop sends SIGTERM: the run saves a checkpoint and ends. Status 2 is a mistake of the user's,
-# which another try does not mend, 143 the answer to a stop; after anything else it is tried again.
+# which another try does not mend, 143 the answer to a stop; after anything else it is tried again, 75
+# among them: a host that has not come in time, process 0 gone, a store that does not answer.
 write_unit() {
+  local processes='' exam=''
+  # `sample` and `evaluate` run on one host, and know no --processes.
+  ((HOSTS == 1)) || processes=" --processes=$HOSTS"
+  [[ -z $EXAM ]] || exam=" --env=IGAKUQA_DIR=/mnt/rpo/$EXAM"
   cat <<EOF
 [Unit]
 Description=rpo_jax: $NAME
@@ -37,8 +47,8 @@ StartLimitIntervalSec=0
 [Service]
 ExecStartPre=-/usr/bin/docker rm -f rpo_jax
 ExecStart=/usr/bin/docker run --name=rpo_jax --privileged --network=host --ipc=host \\
-  --volume=/mnt/rpo:/mnt/rpo --workdir=/mnt/rpo --env=JAX_COMPILATION_CACHE_DIR=/mnt/rpo/jax_cache \\
-  $IMAGE $COMMAND --processes=$HOSTS
+  --volume=/mnt/rpo:/mnt/rpo --workdir=/mnt/rpo --env=JAX_COMPILATION_CACHE_DIR=/mnt/rpo/jax_cache$exam \\
+  $IMAGE $COMMAND$processes
 ExecStop=/usr/bin/docker stop --time=300 rpo_jax
 TimeoutStopSec=330
 Restart=on-failure

@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 LAUNCH = REPO / "launch"
 SCHEMAS = REPO / "tests/schemas"
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+STARTUP = (LAUNCH / "startup.sh").read_text()
 SKY = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
 
 STUB = """#!/usr/bin/env bash
@@ -28,11 +29,26 @@ printf '%s\\n' "$(printf '%s\\037' "${0##*/}" "$@")" >>"$CALLS"
 for argument in "$@"; do
   case $argument in
   --metadata-from-file=startup-script=*) cp "${argument#*=*=}" "$CALLS.startup" ;;
-  describe) cat "$CALLS.state"; echo ACTIVE >"$CALLS.state" ;;
+  describe) # a state a line; after the last one it is always that
+    state=$(head -n 1 "$CALLS.state")
+    [[ $(wc -l <"$CALLS.state") -le 1 ]] || sed -i 1d "$CALLS.state"
+    case $state in
+    NOT_FOUND) echo "ERROR: NOT_FOUND: Resource 'rpo-72b' was not found" >&2; exit 1 ;;
+    nobody) echo 'ERROR: the network cannot be reached' >&2; exit 1 ;;
+    esac
+    echo "$state"
+    ;;
+  storage) [[ -e $CALLS.done ]]; exit ;;
+  "${FAILS:-nothing}") exit 1 ;;
   esac
 done
 """
-WHERE = ["--project=my-project", "--zone=us-east5-a"]
+WHERE = ["--project=one-project", "--zone=us-east5-a"]
+FILLED = {
+    "PROJECT": "one-project",
+    "BUCKET": "one-bucket",
+    "IMAGE": "us-docker.pkg.dev/one-project/rpo/rpo_jax@sha256:0123",
+}
 QUEUE = ["gcloud", "compute", "tpus", "queued-resources"]
 SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
 
@@ -48,7 +64,19 @@ class Cloud:
             stub.write_text(STUB)
             stub.chmod(0o755)
         path = f"{folder}:{os.environ['PATH']}"
-        self.env = {"PATH": path, "CALLS": str(self.calls_file), "HOME": str(folder)}
+        self.env = {"PATH": path, "CALLS": str(self.calls_file), "HOME": str(folder), **FILLED}
+
+    def say(self, *states):
+        """The answers to the next calls of `describe`; the last one stays."""
+        text = "".join(f"{state}\n" for state in states)
+        self.calls_file.with_name("calls.state").write_text(text)
+
+    def verbs(self):
+        """What was asked of the queued resource, or of the bucket, in order."""
+        return [call[4] if call[1] == "compute" else call[1] for call in self.calls()]
+
+    def keep(self, status=0, **env):
+        return self.run("tpu_vm.sh", "keep", status=status, **{"KEEP_EVERY_S": "0.01", **env})
 
     def run(self, script, *words, status=0, **env):
         command = ["bash", str(LAUNCH / script), *words]
@@ -86,39 +114,123 @@ CREATE = [
 ]
 
 
-def test_create_queues_a_spot_slice_with_the_job_in_its_startup_script(cloud):
-    cloud.run("tpu_vm.sh", "create")
-    (call,) = cloud.calls()
-    assert create_call(call) == [*CREATE, "--node-id=rpo-72b", "--spot"]
+def print_startup(cloud):
+    """What the startup script of the last request would do."""
     startup = cloud.calls_file.with_name("calls.startup")
-    printed = subprocess.run(
+    return subprocess.run(
         ["bash", str(startup), "--dry-run"],
         env=cloud.env,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "gcsfuse --implicit-dirs --rename-dir-limit=1000 --metadata-cache-ttl-secs=0 " in printed
-    assert "docker pull us-docker.pkg.dev/my-project/rpo/rpo_jax@sha256:my-digest" in printed
+
+
+def started_words(printed):
+    """The command of the service, as systemd takes it apart."""
+    started = re.search(r"ExecStart=((?:.*\\\n)*.*)\n", printed)[1]
+    return shlex.split(started.replace("\\\n", " "))
+
+
+def test_create_queues_a_spot_slice_with_the_job_in_its_startup_script(cloud):
+    cloud.run("tpu_vm.sh", "create")
+    (call,) = cloud.calls()
+    assert create_call(call) == [*CREATE, "--node-id=rpo-72b", "--spot"]
+    printed = print_startup(cloud)
+    assert (
+        "gcsfuse --implicit-dirs --rename-dir-limit=10000 --metadata-cache-ttl-secs=0 " in printed
+    )
+    assert "docker pull us-docker.pkg.dev/one-project/rpo/rpo_jax@sha256:0123" in printed
     assert "systemctl enable --now rpo_jax.service" in printed
     assert "\nExecStop=/usr/bin/docker stop --time=300 rpo_jax\n" in printed
     # A mistake and a stop are final, anything else is tried again.
     assert "\nRestart=on-failure\nRestartPreventExitStatus=2 143\n" in printed
-    started = re.search(r"ExecStart=((?:.*\\\n)*.*)\n", printed)[1].replace("\\\n", " ")
-    words = shlex.split(started)
+    words = started_words(printed)
     assert words[:2] == ["/usr/bin/docker", "run"]
     assert "--workdir=/mnt/rpo" in words
     assert "--env=JAX_COMPILATION_CACHE_DIR=/mnt/rpo/jax_cache" in words
+    assert "--env=IGAKUQA_DIR=/mnt/rpo/IgakuQA/data" in words
     assert_trains(words[words.index("python") :], processes=16)
     assert len(cloud.calls()) == 1  # the dry run did nothing
 
 
-def assert_trains(words, processes):
+def test_flags_with_quotes_arrive_as_they_were(cloud):
+    flags = "\"--config.data.pair.explanations=('explanations.jsonl',)\" --dry_run"
+    cloud.run("tpu_vm.sh", "create", FLAGS=flags)
+    words = started_words(print_startup(cloud))
+    assert words[-3:-1] == ["--config.data.pair.explanations=('explanations.jsonl',)", "--dry_run"]
+
+
+def test_one_host_runs_a_command_that_knows_no_processes(cloud):
+    one = {"ACCELERATOR": "v6e-8", "HOSTS": "1", "COMMAND": "python -m rpo_jax.sample", "EXAM": ""}
+    cloud.run("tpu_vm.sh", "create", **one)
+    words = started_words(print_startup(cloud))
+    assert words[-3:] == ["python", "-m", "rpo_jax.sample"]
+    assert not any("IGAKUQA_DIR" in word for word in words)
+
+
+def test_the_startup_script_is_tried_as_its_comment_says(cloud):
+    (comment,) = re.findall(r"^# What it would do: (.*)$", STARTUP, re.MULTILINE)
+    command = comment.replace("launch/", f"{LAUNCH}/").replace("FILE.env", "72b_cpt.env")
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=LAUNCH, env=cloud.env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "qwen25_72b_cpt.py:v5p:4x4x4" in done.stdout and not cloud.calls()
+    told = cloud.run("startup.sh", "--dry-run", status=2)
+    assert told.startswith("error: startup.sh wants the settings of a job above it")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PROJECT", "my-project"),
+        ("BUCKET", "my-bucket"),
+        ("IMAGE", "us-docker.pkg.dev/one-project/rpo/rpo_jax@sha256:my-digest"),
+        ("IMAGE", "us-docker.pkg.dev/my-project/rpo/rpo_jax@sha256:0123"),
+        ("ZONE", "..."),
+    ],
+)
+def test_a_placeholder_is_refused_by_name(cloud, name, value):
+    for verb in ("create", "keep"):
+        told = cloud.run("tpu_vm.sh", verb, status=2, **{name: value})
+        assert told.startswith(f"error: {name}={value}: a placeholder; give your own")
+    # to be looked at before there is any of it
+    cloud.run("tpu_vm.sh", "create", "--dry-run", **{name: value})
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "slices", "hosts"),
+    [
+        ("v5p-128", 1, 16),
+        ("v5p-8", 1, 1),
+        ("v6e-256", 2, 128),
+        ("v6e-8", 1, 1),
+        ("v5litepod-16", 1, 4),
+    ],
+)
+def test_the_hosts_are_those_of_the_slices(cloud, accelerator, slices, hosts):
+    asked = {"ACCELERATOR": accelerator, "SLICES": str(slices)}
+    cloud.run("tpu_vm.sh", "create", HOSTS=str(hosts), **asked)
+    told = cloud.run("tpu_vm.sh", "create", status=2, HOSTS=str(hosts + 1), **asked)
+    assert told == (
+        f"error: HOSTS={hosts + 1}, but SLICES={slices} of ACCELERATOR={accelerator} have {hosts}\n"
+    )
+    assert len(cloud.calls()) == 1
+
+
+def test_hosts_of_an_unknown_kind_are_taken_as_given(cloud):
+    cloud.run("tpu_vm.sh", "create", ACCELERATOR="tpu9-64", HOSTS="3")
+    assert len(cloud.calls()) == 1
+
+
+def assert_trains(words, processes, bucket="one-bucket"):
     """Checks that a command is one that `train` takes, on so many processes."""
     assert words[:3] == ["python", "-m", "rpo_jax.train"]
     here = [word.replace("/rpo_jax/configs", str(REPO / "configs")) for word in words[2:]]
     config, values = cli.parse(train.main, here, {"dry_run": ""}, OPTIONS)
-    assert config.checkpoint.directory == "gs://my-bucket/checkpoints"
+    assert config.checkpoint.directory == f"gs://{bucket}/checkpoints"
     assert config.name == "qwen25-72b-rpo"
     assert (config.mesh.fsdp, config.mesh.tensor) == (16, 4)
     assert values["processes"] == str(processes)
@@ -128,9 +240,18 @@ def test_a_dry_run_of_create_and_keep_tells_and_does_nothing(cloud):
     call, _, startup = cloud.run("tpu_vm.sh", "create", "--dry-run").partition("\n")
     assert create_call(shlex.split(call)) == [*CREATE, "--node-id=rpo-72b", "--spot"]
     assert startup.startswith("#!/usr/bin/env bash\nNAME=rpo-72b\n")
-    (call,) = cloud.run("tpu_vm.sh", "keep", "--dry-run").splitlines()
-    assert shlex.split(call)[4:6] == ["describe", "rpo-72b"]
+    calls = [shlex.split(line, comments=True) for line in keep_lines(cloud)]
+    assert [call[:2] + call[4:6] for call in calls if call] == [
+        ["gcloud", "storage"],
+        ["gcloud", "compute", "describe", "rpo-72b"],
+        ["gcloud", "compute", "delete", "rpo-72b"],
+        ["gcloud", "compute", "create", "rpo-72b"],
+    ]
     assert not cloud.calls()
+
+
+def keep_lines(cloud):
+    return cloud.run("tpu_vm.sh", "keep", "--dry-run").splitlines()
 
 
 def test_each_job_trains_on_the_slice_that_it_asks_for(cloud):
@@ -170,7 +291,8 @@ def test_several_slices_are_one_request(cloud):
                 "rpo-72b",
                 *WHERE,
                 "--worker=0",
-                "--command=sudo journalctl --unit=rpo_jax --follow --lines=200 --output=cat",
+                "--command=sudo journalctl --unit=google-startup-scripts --unit=rpo_jax --follow "
+                "--lines=200 --output=cat",
             ],
         ),
         (
@@ -198,37 +320,77 @@ def test_all_slices_are_told_to_stop(cloud):
     assert sorted(call[5] for call in cloud.calls()) == ["rpo-72b-0", "rpo-72b-1"]
 
 
-@pytest.mark.parametrize(
-    ("state", "calls"),
-    [
-        ("SUSPENDED\n", ["describe", "delete", "create", "describe", "describe"]),
-        ("FAILED\n", ["describe", "delete", "create", "describe", "describe"]),
-        # Nobody answered: what may still run is not deleted.
-        ("", ["describe", "create", "describe", "describe"]),
-    ],
-    ids=["suspended", "failed", "unknown"],
-)
-def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state, calls):
-    cloud.calls_file.with_name("calls.state").write_text(state)
+@pytest.mark.parametrize("verb", ["stop", "run"])
+def test_a_host_that_was_not_reached_is_a_failure_with_its_name(cloud, verb):
+    told = cloud.run("tpu_vm.sh", verb, status=1, SLICES="2", FAILS="rpo-72b-0")
+    assert re.findall(r"^error: (\S+): not done on all of its hosts", told, re.MULTILINE) == [
+        "rpo-72b-0"
+    ]
+    assert len(cloud.calls()) == 2
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
+def test_keep_asks_again_for_a_slice_that_was_taken(cloud, state):
+    cloud.say(state, "ACTIVE", "NOT_FOUND")
+    said = cloud.keep(DONE="")
+    assert f"rpo-72b is {state}: asking for it again" in said
+    assert cloud.verbs() == ["describe", "delete", "create", "describe", "describe"]
+
+
+def test_keep_ends_when_the_request_was_deleted(cloud):
+    cloud.say("ACTIVE", "DELETING", "NOT_FOUND")
+    assert "rpo-72b was deleted: nothing is left to watch over" in cloud.keep(DONE="")
+    assert set(cloud.verbs()) == {"describe"}
+
+
+def test_keep_ends_when_there_never_was_a_request(cloud):
+    cloud.say("NOT_FOUND")
+    assert cloud.keep(DONE="", status=1).startswith("error: there is no request rpo-72b; `create`")
+    assert cloud.verbs() == ["describe"]
+
+
+def test_keep_ends_when_the_job_is_done(cloud):
+    cloud.say("SUSPENDED")
+    cloud.calls_file.with_name("calls.done").touch()
+    assert "rpo-72b is done: gs://one-bucket/runs/qwen25-72b-rpo/summary.json is" in cloud.keep()
+    assert cloud.verbs() == ["storage"]  # a slice that was taken after the end is not asked for
+
+
+def test_keep_does_nothing_while_nobody_answers(cloud):
+    cloud.say("ACTIVE", "nobody", "nobody", "NOT_FOUND")
+    said = cloud.keep(DONE="")
+    assert said.count("has no state: nobody answers; waiting") == 2
+    assert set(cloud.verbs()) == {"describe"}
+
+
+def test_keep_goes_on_asking_when_creating_fails(cloud):
+    cloud.say("SUSPENDED", "NOT_FOUND", "NOT_FOUND")
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "tpu_vm.sh"), "keep"],
-        env=cloud.env | {"KEEP_EVERY_S": "0.1"},
-        stdout=subprocess.PIPE,
-        text=True,
+        env=cloud.env | {"KEEP_EVERY_S": "0.01", "DONE": "", "FAILS": "create"},
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
-    while len(cloud.calls()) < len(calls):
-        assert time.monotonic() < deadline
+    while cloud.verbs().count("create") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    said, _ = process.communicate()
-    assert f"rpo-72b is {state.strip() or 'not there'}: asking for it again" in said
-    assert [call[4] for call in cloud.calls()][: len(calls)] == calls
+    process.wait()
+    assert cloud.verbs().count("delete") == 1  # its own deleting is not taken for the user's
 
 
 def test_what_it_does_not_know_it_refuses(cloud):
     assert "error: explode: create, keep," in cloud.run("tpu_vm.sh", "explode", status=2)
     assert cloud.calls() == []
+
+
+def test_help_names_the_verbs_and_the_settings(cloud):
+    told = cloud.run("tpu_vm.sh", "--help")
+    settings = set(re.findall(r"^([A-Z]+)=", (LAUNCH / "72b_rpo.env").read_text(), re.MULTILINE))
+    for word in (*settings, "create", "keep", "status", "logs", "stop", "run", "delete"):
+        assert re.search(rf"\b{word}\b", told), word
+    assert cloud.run("tpu_vm.sh", status=2) == told
+    assert not cloud.calls()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +410,9 @@ def test_the_jobset_has_a_process_for_each_host_of_its_slices():
     chips = math.prod(map(int, topology.split("x")))
     assert chips == spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
     words = [word.replace("BUCKET", "my-bucket") for word in container["command"]]
-    assert_trains(words, processes=job["replicas"] * spec["parallelism"])
+    assert_trains(words, job["replicas"] * spec["parallelism"], bucket="my-bucket")
+    (volume,) = pod["volumes"]
+    assert "rename-dir-limit=10000," in volume["csi"]["volumeAttributes"]["mountOptions"]
     assert [mount["name"] for mount in container["volumeMounts"]] == [
         volume["name"] for volume in pod["volumes"]
     ]
@@ -259,7 +423,10 @@ def test_the_sky_task_runs_what_train_takes():
     filled = re.sub(r"\$\{?(\w+)\}?", lambda found: names.get(found[1], ""), SKY["run"])
     last = filled.replace("\\\n", " ").splitlines()[-1]
     words = shlex.split(last.replace("/rpo_jax/.venv/bin/python", "python"))
-    assert_trains(words, processes=16)
+    assert_trains(words, processes=16, bucket="my-bucket")
+    # and CPT as the comment at its top says
+    (cpt,) = re.findall(r"^# CPT.* CONFIG=(\S+)$", (LAUNCH / "sky.yaml").read_text(), re.MULTILINE)
+    assert (REPO / "configs" / cpt.partition(":")[0]).is_file()
     assert list(SKY["file_mounts"]) == ["/mnt/rpo"] and "cd /mnt/rpo\n" in SKY["run"]
 
 
