@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rpo_jax import cli, train
+from rpo_jax.errors import UserError
 from rpo_jax.training.distributed import OPTIONS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ LAUNCH = REPO / "launch"
 SCHEMAS = REPO / "tests/schemas"
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 STARTUP = (LAUNCH / "startup.sh").read_text()
+RUNBOOK = (REPO / "docs/runbook.md").read_text(encoding="utf-8")
 SKY = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
 
 STUB = """#!/usr/bin/env bash
@@ -223,6 +225,46 @@ def test_the_hosts_are_those_of_the_slices(cloud, accelerator, slices, hosts):
 def test_hosts_of_an_unknown_kind_are_taken_as_given(cloud):
     cloud.run("tpu_vm.sh", "create", ACCELERATOR="tpu9-64", HOSTS="3")
     assert len(cloud.calls()) == 1
+
+
+def test_the_slices_of_the_runbook_are_slices_that_the_configs_have(cloud):
+    row = (
+        r"^\| `([\w-]+)`(?:, `SLICES=(\d)`)? \| `([\w-]+)` \| (\d+) \| (\d+) \| `(\S+)` \| (.*) \|$"
+    )
+    rows = re.findall(row, RUNBOOK, re.MULTILINE)
+    assert len(rows) == 5
+    for accelerator, slices, runtime, chips, hosts, topology, there in rows:
+        asked = {"ACCELERATOR": accelerator, "RUNTIME": runtime, "SLICES": slices or "1"}
+        asked |= {"HOSTS": hosts, "TOPOLOGY": topology}
+        for stage, word in zip(("cpt", "rpo"), there.split(" | "), strict=True):
+            cloud.run("tpu_vm.sh", "create", str(LAUNCH / f"72b_{stage}.env"), **asked)
+            words = started_words(print_startup(cloud))
+            if word == "yes":
+                mesh = parse_command(words).mesh
+                assert mesh.data * mesh.fsdp * mesh.seq * mesh.tensor == int(chips)
+                assert int(chips) == 4 * int(hosts)
+            else:
+                with pytest.raises(UserError, match="is none of"):
+                    parse_command(words)
+
+
+def parse_command(words):
+    """The config that the service's command, the end of these words, trains."""
+    command = [word.replace("/rpo_jax/configs", str(REPO / "configs")) for word in words]
+    return cli.parse(train.main, command[command.index("python") + 2 :], {"dry_run": ""}, OPTIONS)[
+        0
+    ]
+
+
+def test_the_flags_of_the_runbook_make_its_pairs(cloud):
+    (shown,) = re.findall(r"^PAIRS=.*?^quoted\(\).*?$", RUNBOOK, re.MULTILINE | re.DOTALL)
+    flags = r"""FLAGS="$(quoted "${PAIRS[@]}")" """
+    command = f"{shown}\n{flags} bash {LAUNCH}/tpu_vm.sh create {LAUNCH}/72b_rpo.env"
+    subprocess.run(["bash", "-c", command], env=cloud.env, check=True)
+    words = started_words(print_startup(cloud))
+    config = parse_command(words)
+    assert config.data.source == "candidates"
+    assert config.data.pair.explanations == ("explanations.jsonl",)
 
 
 def assert_trains(words, processes, bucket="one-bucket"):
