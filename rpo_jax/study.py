@@ -90,13 +90,18 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
         UserError: the file has no `arms()`, an arm starts from one that does not come before it, or
             a config is refused.
     """
-    shared = cli.load_config(path, overrides)
+    shared = _load(f"{path}: get_config(), before any arm", path, overrides)
     arms = {
-        name: cli.load_config(
-            path, [*(f"--config.{x}={y}" for x, y in changes.items()), *overrides]
+        name: _load(
+            f"{path}: arm {name}",
+            path,
+            [*(f"--config.{x}={y}" for x, y in changes.items()), *overrides],
         )
         for name, changes in cli.load_arms(path).items()
     }
+    for field in ("worlds", "seeds"):
+        if not getattr(shared.study, field):
+            raise UserError(f"study.{field}=(): one at least is wanted")
     if shared.study.start not in arms:
         raise UserError(f"study.start={shared.study.start!r} is none of {', '.join(arms)}")
     before: list[str] = []
@@ -118,6 +123,13 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
         if name not in once or place == 0
     ]
     return shared, runs
+
+
+def _load(what: str, path: str, overrides: Sequence[str]) -> Config:
+    try:
+        return cli.load_config(path, overrides)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def _list_origins(arms: Mapping[str, Config], start: str) -> list[str]:
@@ -231,7 +243,7 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     write_json(folder / "study.json", measured)
     paths += [folder / "study.json", draw_arms(folder / "arms.png", compared, rows)]
     from_start = [
-        Point({"rpo.alpha": run.config.rpo.alpha}, run.config)
+        Point({"arm": run.arm}, run.config)
         for run in runs
         if run.config.init_from
         and run.config.stage == "rpo"
@@ -239,7 +251,7 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
         and next(one.arm for one in runs if one.config.name == run.config.init_from) == start
     ]
     if from_start:
-        drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "rpo.alpha")
+        drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "arm")
         paths += [drawn] if drawn else []
     tables = [format_heldout(rows), format_arms(compared, rows)]
     tables += [format_sections(compared), format_kinds(compared), format_explanations(compared)]
@@ -263,21 +275,22 @@ def format_heldout(rows: Sequence[Row]) -> str:
 
 def format_arms(compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> str:
     """The arms side by side, with 95 % intervals over questions."""
-    head = ["arm", "runs", "answer only", "explain first", "difference", "against the start"]
-    table = [[*head, "parse", "stop"]]
+    head = ["arm", "runs", "answer only", "explain first", "difference"]
+    table = [[*head, "explaining gains", "difference gains", "parse", "stop"]]
     for arm, own in _by_arm(rows).items():
         found = compared[arm]
         cells = [f"{found[mode]['value']:.1%}" for mode in MODES]
-        gain = found.get("difference_gain")
-        cells += [_say(found["difference"]), _say(gain) if gain else "-"]
+        gains = [found.get(f"{measure}_gain") for measure in (EXPLAIN_FIRST, "difference")]
+        cells += [_say(found["difference"]), *(_say(gain) if gain else "-" for gain in gains)]
         for rate in ("parse", "stop"):
             means = [average(own, ["arm"], f"{mode}_{rate}")[arm,].value for mode in MODES]
             cells.append(" / ".join(f"{mean:.0%}" for mean in means))
         table.append([arm, str(found["runs"]), *cells])
-    asked = next(iter(compared.values()))["questions"]
+    first = next(iter(compared.values()))
     return (
-        f"{asked:,} test questions; points of 100, 95 % intervals over questions\n\n"
-        f"{format_table(table)}"
+        f"{first['questions']:,} test questions, of which guessing gets {first['guessing']:.0%} "
+        "right; points of 100, 95 % intervals over questions; difference: explaining first less "
+        f"answering only; gains: less the same of study.start\n\n{format_table(table)}"
     )
 
 

@@ -13,10 +13,11 @@ from rpo_jax import study
 from rpo_jax.cli import load_arms, load_config
 from rpo_jax.data.tokenizer import train_sentencepiece
 from rpo_jax.errors import UserError
-from rpo_jax.exams.arms import Sat, compare_arms, estimate
+from rpo_jax.exams.arms import Sat, compare_arms, estimate, guess_share
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.fictional import SIZES, make_world
+from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.scoring import mark_all
 from rpo_jax.training.figures import draw_arms
@@ -155,6 +156,7 @@ def test_the_arm_compared_with_takes_the_exam(tmp_path):
         ("def arms():\n    yield 'a', {'rpo.alhpa': 1.0}", "did you mean --config.rpo.alpha"),
         ("def arms():\n    yield 'a', {}\n    yield 'a', {}", "a name more than once"),
         ("def arms():\n    yield 'cpt', {}", "cpt starts from 'cpt', which is no arm before it"),
+        ("def arms():\n    yield 'cpt', {'rpo.alpa': 1.0}", "arm cpt: --config.rpo.alpa: there is"),
         ("def arms():\n    yield 'a', {'init_from': 'b'}", "study.start='cpt' is none of a"),
         ("def arms():\n    1 / 0\n    yield 'a', {}", "ZeroDivisionError"),
     ],
@@ -167,6 +169,21 @@ def test_what_is_no_study_is_refused(tmp_path, body, told):
 def test_the_arm_that_others_are_compared_with_is_one_of_them(tmp_path):
     with pytest.raises(UserError, match=r"study\.start='rpo' is none of base, cpt, dpo"):
         read(tmp_path, ARMS, "--config.study.start=rpo")
+
+
+@pytest.mark.parametrize("field", ["worlds", "seeds"])
+def test_a_study_has_worlds_and_seeds(tmp_path, field):
+    with pytest.raises(UserError, match=rf"study\.{field}=\(\): one at least is wanted"):
+        read(tmp_path, ARMS, f"--config.study.{field}=()")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answers", "share"), [(5, "a", 0.2), (5, "bd", 0.1), (5, "abc", 0.1), (0, "", 0.0)]
+)
+def test_guessing_draws_as_many_letters_as_are_wanted(choices, answers, share):
+    answer = tuple(answers) or ("120",)
+    question = Question("1", "?", tuple("12345"[:choices]), answer)
+    assert guess_share(question) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("look", [load_arms, load_config])

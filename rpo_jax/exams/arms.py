@@ -5,6 +5,7 @@ seeds of a world, and the questions of all worlds are one sample: intervals over
 percentile bootstraps of it. Source: ours.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
     Returns:
         Estimates ``{value, low, high}`` of ``answer_only``, ``explain_first``, ``difference``
         (explaining first less answering only), ``explain_first_gain`` and ``difference_gain``
-        (these less the same of `start`, paired by question), with ``questions``, ``runs``,
+        (these less the same of `start`, paired by question), with ``questions``, ``runs``, what
+        ``guessing`` gets right of them,
         ``mcnemar`` a run, the first three under ``sections`` for each part of `PARTS` and under
         ``kinds`` for each category of question, and what its ``explanations`` get right (see
         `fictional.anatomy.take_apart`), of all questions and ``explanations_by_kind``.
@@ -78,6 +80,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         result: dict[str, Any] = {
             "runs": len(own),
             "questions": len(change_Q),
+            "guessing": float(np.mean([guess_share(question) for question in asked_Q])),
             **{name: estimate(values_Q) for name, values_Q in measures.items()},
             "sections": _estimate_each(measures, parts_Q),
             "kinds": _estimate_each(measures, [question.category for question in asked_Q]),
@@ -91,6 +94,13 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             result["difference_gain"] = estimate(change_Q - change_from_Q)
         found[arm] = result
     return found
+
+
+def guess_share(question: Question) -> float:
+    """How often so many letters as are wanted, drawn by lot, are the right ones."""
+    if question.is_numeric:
+        return 0.0
+    return 1 / math.comb(len(question.choices), len(question.accepted[0]))
 
 
 def estimate(values_Q: np.ndarray) -> dict[str, float]:

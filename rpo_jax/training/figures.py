@@ -67,7 +67,7 @@ def draw_curves(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
 
 
 def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | None:
-    """Chosen and rejected log-ratio over training, a panel for each value of an axis.
+    """Chosen and rejected log-ratio of training batches, a panel for each value of an axis.
 
     Faint lines are points; the bold one is their mean. None where the stage has no log-ratios.
     """
@@ -91,7 +91,8 @@ def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | No
             mean = np.mean([y[:length] for y in smooth], axis=0)
             panel.plot(steps[0][:length], mean, color=color, label=side)
         panel.axhline(0.0, color="gray", linewidth=0.8)
-        _name(panel, "step", "log-ratio to the reference, nats", f"{_short(axis)} {value:g}")
+        title = value if isinstance(value, str) else f"{_short(axis)} {value:g}"
+        _name(panel, "step", f"log-ratio to the reference, nats (mean of {_WINDOW} steps)", title)
         panel.legend(fontsize=8)
     return _save(figure, path)
 
@@ -99,7 +100,8 @@ def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | No
 def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> Path:
     """Accuracy of each arm by way of asking, and what explaining first changes.
 
-    Bars and marks have their 95 % intervals over questions; points are single runs.
+    Bars and marks have their 95 % intervals over questions; points are single runs. A dashed line
+    is what guessing gets right.
 
     Args:
         path: of the figure.
@@ -117,13 +119,15 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
             left.bar(place + shift, height, 0.36, color=color, alpha=0.5, label=text)
         _mark(right, place, found["difference"], [row["difference"] for row in own], "tab:purple")
     right.axhline(0.0, color="gray", linewidth=0.8)
+    guessing = 100 * next(iter(compared.values()))["guessing"]
+    left.axhline(guessing, color="gray", linewidth=0.8, linestyle="--", label="guessing")
     for panel, title in (
-        (left, "right answers, % of test questions"),
+        (left, "right answers, % (with 95 % over questions; dots: runs)"),
         (right, "explaining first less answering only, points of 100"),
     ):
         panel.set_xticks(range(len(compared)), list(compared), rotation=30, ha="right")
         panel.set_title(title, fontsize=10)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
     return _save(figure, path)
 
 
