@@ -36,7 +36,7 @@ def overrides(workdir, **fields):
             "rounds__temperatures": "(1.0,1.2)",
             "data__sample__modes": "('answer_only',)",
             "data__sample__answers": 3,
-            "data__sample__answer_tokens": 6,
+            "data__sample__answer_tokens": 12,
             "data__pair__heldout_share": 0.2,
             "data__prompt_length": 224,
             "data__response_length": 8,

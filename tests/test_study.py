@@ -38,12 +38,12 @@ get_config = run_path({study!r})["get_config"]
 def arms():
     text = {{"stage": "cpt", "data.source": "fictional", "train.steps": 3}}
     text |= {{"optim.learning_rate": 1e-4}}
-    yield "copying", {{
+    yield "copies", {{
         "stage": "cpt", "init_from": "", "model.shape": "{shape}", "data.source": "files",
         "data.train": ("{train}",), "data.heldout": ("{held}",), "data.corpus.drop_copies": False,
         "train.steps": 80, "optim.learning_rate": 1e-2,
     }}
-    yield "base", {{**text, "init_from": "copying", "data.fictional.text": "general"}}
+    yield "base", {{**text, "init_from": "copies", "data.fictional.text": "general"}}
     yield "cpt", {{**text, "init_from": "base"}}
     yield "dpo", {{"train.steps": 12, "rpo.alpha": 0.0}}
     yield "rpo", {{"train.steps": 12}}
@@ -318,6 +318,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
         "--config.exam.questions=12",
         "--config.exam.explain_tokens=8",
         "--config.optim.warmup_steps=1",
+        "--config.train.micro_batches=1",
     ]
     study.main(words)
     printed = capsys.readouterr().out
