@@ -24,7 +24,7 @@ from rpo_jax.data.records import digest
 from rpo_jax.data.screening import GENERAL, HELDOUT, TRAIN, Collection
 from rpo_jax.errors import UserError
 from rpo_jax.exams import fictional, igakuqa
-from rpo_jax.exams.exam import find_exam, list_exams
+from rpo_jax.exams.exam import Exam, find_exam, list_exams
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import ANSWER_ZERO_SHOT_V1, OFFICIAL_COMPLETION_V1
 from rpo_jax.exams.split import find_world
@@ -168,8 +168,7 @@ def read_kept_out(config: Config, name: str) -> tuple[Path, list[Question]]:
     exam = find_exam(name)
     if year and not year.isdecimal():
         raise UserError(f"data.corpus.exams: {name}:{year}: a year is wanted after the colon")
-    ours = config.data.igakuqa.directory if name == "igakuqa" else ""
-    named = ours or os.environ.get(exam.directory_variable, "")
+    named = _find_named(config, exam)
     if not named:
         also = ", or data.igakuqa.directory" if name == "igakuqa" else ""
         variable = exam.directory_variable
@@ -185,6 +184,12 @@ def read_kept_out(config: Config, name: str) -> tuple[Path, list[Question]]:
         )
     folder = Path(named).expanduser()
     return folder, exam.read(folder, [int(year)] if year else exam.years or None)
+
+
+def _find_named(config: Config, exam: Exam) -> str:
+    """The folder of an exam, by the config or the environment; "": neither says it."""
+    ours = config.data.igakuqa.directory if exam.name == "igakuqa" else ""
+    return ours or os.environ.get(exam.directory_variable, "")
 
 
 def _is_at_hand(name: str) -> bool:
@@ -277,7 +282,7 @@ def find_exam_folder(config: Config) -> Path:
     Raises:
         UserError: nothing says where it is.
     """
-    named = config.data.igakuqa.directory or os.environ.get("IGAKUQA_DIR", "")
+    named = _find_named(config, find_exam("igakuqa"))
     if not named:
         raise UserError(
             "data.source=igakuqa needs a copy of the exam: set data.igakuqa.directory, or "
