@@ -19,9 +19,8 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 def _set_up_jax() -> None:
     """Eight CPU devices in this process and in every command that a test starts.
 
-    No compilation cache: programs of several CPU devices that come out of it can hang, since
-    devices then run independent collectives in different orders (seen with jaxlib 0.10.2 in 2 of 5
-    runs, and in none of 6 without the cache).
+    No compilation cache: programs of several CPU devices can hang when they come out of it (see
+    `rpo_jax.training.compile_once`; none of 6 runs did without the cache).
     """
     if "jax" in sys.modules:
         raise RuntimeError("jax was imported before tests/conftest.py could set up its devices")
