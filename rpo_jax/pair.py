@@ -256,7 +256,8 @@ def _check_shares(ledgers: Mapping[str, Ledger], allowed: float) -> None:
         if ledgers[unit].dropped_share > allowed:
             raise UserError(
                 f"more than data.pair.max_left_out_share={allowed:g} of the {unit} is left out: "
-                f"more answers are wanted, or a larger share there\n"
+                "wanted are more answers (data.sample.answers), more tokens where they are cut off "
+                "(data.sample.answer_tokens, data.sample.explain_tokens), or a larger share\n"
                 f"{_tell(ledgers)}"
             )
 
