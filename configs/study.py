@@ -42,18 +42,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "answers": 4,
         "questions": 0,
     },
-    "reported": {
-        "size": "standard",
-        "shape": "laptop-3m",
-        "vocabulary": 4096,
-        "worlds": (1001,),
-        "seeds": (0, 1, 2),
-        "games": {"copies": 1200, "comparisons": 800, "choices": 1000, "riddles": 2500},
-        "steps": (5000, 3500, 320),
-        "rate": 1e-4,
-        "answers": 4,
-        "questions": 0,
-    },
+}
+FORMS["reported"] = FORMS["standard"] | {
+    "worlds": (1001,),
+    "seeds": (0, 1, 2),
+    "games": {"copies": 1200, "comparisons": 800, "choices": 1000, "riddles": 2500},
+    "steps": (5000, 3500, 320),
 }
 
 
