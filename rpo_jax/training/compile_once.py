@@ -9,6 +9,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 _FOLDER = "jax_compilation_cache_dir"
+_CPU_DEVICES = "jax_num_cpu_devices"
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def _has_several_cpu_devices() -> bool:
     collectives in different orders (seen with jaxlib 0.10.2 in 2 of 5 runs).
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    return "host_platform_device_count" in flags or jax.config.jax_num_cpu_devices > 1
+    return "host_platform_device_count" in flags or getattr(jax.config, _CPU_DEVICES) > 1
 
 
 @contextlib.contextmanager
