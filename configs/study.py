@@ -2,7 +2,7 @@
 
 python -m rpo_jax.study                                        # quick: minutes, shows how it goes
 python -m rpo_jax.study --config configs/study.py:standard     # one seed, an hour on two cores
-python -m rpo_jax.study --config configs/study.py:reported     # test worlds, three seeds, hours
+python -m rpo_jax.study --config configs/study.py:reported     # a test world, three seeds, hours
 """
 
 from collections.abc import Iterator
