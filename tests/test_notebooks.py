@@ -1,5 +1,6 @@
 """Each notebook is run as it stands, made small by its parameters; none has outputs."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_study(tmp_path):
     folder = shutil.copytree(REPO / "docs/results/study", tmp_path / "study")
     (folder / "arms.png").unlink()
     said = execute(REPO / "notebooks/study.ipynb", tmp_path, {"FOLDER": str(folder)})
-    for word in ("nats/token", "1,080 test questions", "ABC explain_first"):
+    arms = json.loads((folder / "study.json").read_text())["arms"]
+    asked = f"{arms['cpt']['questions']:,} test questions"
+    for word in ("nats/token", asked, "ABC explain_first", "verdict, fact told"):
         assert word in said
     assert said.count("image/png") == 2 and (folder / "arms.png").exists()
 
