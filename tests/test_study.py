@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from runpy import run_path
 
 import numpy as np
@@ -293,8 +296,17 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000
 
 
+def run_study(words):
+    """What the command prints, on one device, whose compiled programs its runs share."""
+    command = [sys.executable, "-m", "rpo_jax.study", *words]
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.full
-def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
+def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path):
     path, workdir = tmp_path / "tiny.py", tmp_path / "runs"
     base_overrides(tmp_path)  # writes the shape
     path.write_text(
@@ -320,8 +332,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
         "--config.optim.warmup_steps=1",
         "--config.train.micro_batches=1",
     ]
-    study.main(words)
-    printed = capsys.readouterr().out
+    printed = run_study(words)
     folder = workdir / "tiny"
     results = json.loads((folder / "results.json").read_text())
     compared = json.loads((folder / "study.json").read_text())["arms"]
@@ -354,7 +365,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path, capsys):
     lines = answers.read_bytes().splitlines(keepends=True)
     answers.write_bytes(b"".join(lines[:5]) + lines[5][:9])
     base = (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes()
-    study.main(words)
+    run_study(words)
     assert json.loads((folder / "results.json").read_text()) == results
     assert json.loads((folder / "study.json").read_text())["arms"] == compared
     assert (workdir / "tiny-world0-base" / "metrics.jsonl").read_bytes() == base
