@@ -140,7 +140,7 @@ SEARCHED = """
 
 `python tests/benchmarks/pod_plans.py --search`: up to {meshes} meshes for each config of the 72B,
 on each the fewest micro-batches that fit and the policies that keep more; the last column is the
-committed layout's time over the best one's.
+committed layout's time over the best one's. {told}
 
 | config | compiled | best | a step | committed | a step, against the best |
 |---|---|---|---|---|---|
@@ -170,7 +170,8 @@ def write_table(figures: dict[str, Any]) -> None:
         if (searched := figures.get("searches", {}).get(key := name_line(*line)))
     ]
     if found:
-        text += SEARCHED.format(meshes=MESHES) + "\n".join(found) + "\n"
+        told = f"{len(found)} of {len(SEARCHES)} configs have been searched."
+        text += SEARCHED.format(meshes=MESHES, told=told) + "\n".join(found) + "\n"
     TABLE.write_text(text, "utf-8")
 
 
