@@ -35,6 +35,10 @@ class PassingError(UserError):
     status = 75
 
 
+class DivergedError(UserError):
+    """Numbers of a run that are not finite; other runs beside it may go on."""
+
+
 class Stopped(Exception):
     """A signal asked for a stop, and everything is saved. Commands exit with 128 + `signal`."""
 

@@ -7,7 +7,7 @@ whatever of it is finished is not done again. Source: arXiv:2404.19733.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,8 +86,8 @@ def format_rounds(results: list[dict[str, Any]]) -> str:
             lines.append(
                 f"{result['run']:<24}{mode:<15}{answers['right']:>8.1%}"
                 f"{result['pairs']['train']['modes'].get(mode, 0):>8,}"
-                f"{before['preference_accuracy']:>13.4f} -> {after['preference_accuracy']:.4f}"
-                f"{before['margin']:>9.3f} -> {after['margin']:.3f}"
+                f"{_say_change(before, after, 'preference_accuracy', 4):>22}"
+                f"{_say_change(before, after, 'margin', 3):>18}"
             )
     lines += [
         "",
@@ -96,6 +96,15 @@ def format_rounds(results: list[dict[str, Any]]) -> str:
         f"margin: {explain_measure('margin')}; both before -> after the round's training",
     ]
     return "\n".join(lines)
+
+
+def _say_change(
+    before: Mapping[str, float], after: Mapping[str, float], name: str, digits: int
+) -> str:
+    """As in 0.512 -> 0.731; a loss without a reference has no margin."""
+    if name not in after:
+        return "-"
+    return f"{before[name]:.{digits}f} -> {after[name]:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ overrides a point:
 It takes an argument as `get_config()` does: `--config configs/<name>.py:small`.
 
 Each point is a run of its own, `runs/<name>-alpha0.0-seed0`, like any other: it can be evaluated or
-exported. Finished points are kept, one that was stopped goes on. Table (CSV, JSON) and figures go
-to `runs/<name>/`.
+exported. Finished points are kept, one that was stopped goes on; one that diverges is left behind
+and named in the end. Table (CSV, JSON) and figures go to `runs/<name>/`.
 
 Points of adapters that differ in loss weights, learning rate and seed alone can be one program:
 `--together` trains all of them over one copy of the frozen base.
@@ -29,16 +29,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from rpo_jax import cli
 from rpo_jax.config import Config, to_dict
-from rpo_jax.errors import UserError
+from rpo_jax.errors import DivergedError, UserError
 from rpo_jax.exams.tables import format_table
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.train import build, format_summary, open_inputs, summarise, train
 from rpo_jax.training.audit import audit_control_tokens
-from rpo_jax.training.checkpoint import open_checkpoints, restore_state, save_state
+from rpo_jax.training.checkpoint import (
+    find_fingerprints,
+    has_checkpoint,
+    open_checkpoints,
+    restore_state,
+    save_state,
+)
 from rpo_jax.training.compile_once import compile_once
+from rpo_jax.training.diagnostics import Watch
 from rpo_jax.training.evaluation import REFERENCE_NOTE, find_references, make_evaluate
 from rpo_jax.training.figures import draw_curves, draw_log_ratios, draw_maps
 from rpo_jax.training.measures import explain_measure
@@ -46,26 +54,30 @@ from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.origin import first_trained, load_frozen
 from rpo_jax.training.results import (
-    MEASURES,
     Point,
+    Row,
     average,
     collect,
+    group,
     list_axes,
+    list_measures,
     write_results,
 )
-from rpo_jax.training.run import check_same_run
+from rpo_jax.training.run import check_same_run, log_to_file, read_fingerprints
 from rpo_jax.training.state import abstract_state, abstract_weights, join_params, start_from
 from rpo_jax.training.together import (
+    Policy,
     check_together,
-    digest_together,
-    log_heldout,
+    digest_shared,
     make_steps,
     make_take,
+    name_settings,
     run_together,
     stack_abstract,
     stack_states,
 )
 from rpo_jax.training.workload import train_batches
+from rpo_jax.weights.store import place_checkpoints
 
 
 @compile_once()
@@ -78,12 +90,16 @@ def main(argv: list[str]) -> None:
         print("\n".join(list_commands(args.config, overrides, waiting)))
         return
     logging.info("%d points, %d finished", len(points), len(points) - len(waiting))
-    if waiting and args.together:
-        train_together([point.config for point in waiting], args.at_once)
-    for number, point in enumerate([] if args.together else waiting, start=1):
-        logging.info("\n== point %d of %d: %s", number, len(waiting), point.config.name)
-        logging.info("\n%s", format_summary(train(build(point.config))))
-    print(report(cli.load_config(args.config, overrides).folder, points))
+    base, configs = cli.load_config(args.config, overrides), [point.config for point in waiting]
+    # What has a checkpoint of its own goes on alone.
+    shared = [own for own in configs if args.together and not has_checkpoint(own.folder)]
+    diverged = train_all_together(base, shared, args.at_once)
+    diverged |= train_apart([own for own in configs if own not in shared])
+    if len(diverged) < len(points):
+        print(report(base.folder, points))
+    if diverged:
+        told = "; ".join(f"{name}: {reason}" for name, reason in diverged.items())
+        raise UserError(f"{len(diverged)} of {len(points)} points have no results: {told}")
 
 
 def read_points(path: str, overrides: Sequence[str]) -> list[Point]:
@@ -114,8 +130,12 @@ def read_points(path: str, overrides: Sequence[str]) -> list[Point]:
 
 def _name_point(changes: Mapping[str, Any]) -> str:
     """As in alpha0.5-beta0.1-seed0: the end of each field's name, and its value."""
-    parts = [f"{name.rsplit('.', 1)[-1]}{value}" for name, value in changes.items()]
+    parts = [f"{_end(name)}{value}" for name, value in changes.items()]
     return "-".join(parts).replace("/", "_").replace(" ", "")
+
+
+def _end(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _as_flags(changes: Mapping[str, Any]) -> list[str]:
@@ -147,42 +167,81 @@ def list_commands(path: str, overrides: Sequence[str], points: Sequence[Point]) 
     ]
 
 
-def train_together(configs: Sequence[Config], at_once: int = 0) -> None:
-    """Trains several runs of adapters as one program; see `training.together`.
+def train_apart(configs: Sequence[Config]) -> dict[str, str]:
+    """Trains points one after the other; returns the names of those that diverged, and why."""
+    diverged = {}
+    for number, config in enumerate(configs, start=1):
+        logging.info("\n== point %d of %d: %s", number, len(configs), config.name)
+        try:
+            logging.info("\n%s", format_summary(train(build(config))))
+        except DivergedError as error:
+            logging.warning("warning: %s: %s", config.name, error)
+            diverged[config.name] = str(error)
+    return diverged
 
-    So many are computed `at_once`, all if it is 0.
 
-    What is unfinished lies in a folder of its own and goes on from there. In the end each run has
-    its own checkpoint, logs and summary, as if it had been trained alone.
+def train_all_together(
+    sweep: Config, configs: Sequence[Config], at_once: int = 0
+) -> dict[str, str]:
+    """Trains points as one program, after those that an unfinished one holds: see below."""
+    diverged: dict[str, str] = {}
+    while waiting := [own for own in configs if own.name not in diverged and not is_finished(own)]:
+        diverged |= train_together(sweep, waiting, at_once)
+    return diverged
+
+
+def train_together(sweep: Config, configs: Sequence[Config], at_once: int = 0) -> dict[str, str]:
+    """Trains runs of adapters as one program; see `training.together`.
+
+    What is unfinished lies in a folder of its own. Where some of the runs are found there, these go
+    on and the others are for another call: all that are trained by one stand at the same step. In
+    the end each run has its own checkpoint, logs and summary, as if it had been trained alone.
+
+    Args:
+        sweep: what the runs are points of; it names the folder.
+        configs: of the runs.
+        at_once: so many are computed at the same time; 0: all.
+
+    Returns:
+        Names of the runs that diverged, which have no summary, and why.
 
     Raises:
         UserError: the runs are not one program, or one of them cannot be trained.
     """
     check_together(configs)
-    works = [build(config) for config in configs]
-    inputs = [open_inputs(work) for work in works]
-    work, config, records, heldout = works[0], configs[0], inputs[0].records, inputs[0].heldout
-    unfinished = Path(config.workdir) / f"together-{digest_together(configs)}"
-    tx = make_optimizer(config.optim)
+    config = configs[0]
+    unfinished = sweep.folder.with_name(f"{sweep.name}-together-{digest_shared(config)}")
     with (
-        jax.set_mesh(work.mesh),
         open_checkpoints(unfinished, config.checkpoint) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
+        begun = find_fingerprints(checkpoints)
+        configs = _choose(configs, begun, unfinished)
+        works = [build(own) for own in configs]
+        inputs = [open_inputs(work) for work in works]
+        for own in configs:
+            stack.enter_context(log_to_file(own.folder / "log.txt"))
+        work, config, records, heldout = works[0], configs[0], inputs[0].records, inputs[0].heldout
+        tx = make_optimizer(config.optim)
+        stack.enter_context(jax.set_mesh(work.mesh))
         single = abstract_state(work.network, tx, work.mesh)
         abstract = stack_abstract(single, len(works))
+        take = make_take(single)
         frozen = load_frozen(config.folder, work.network, work.mesh)
 
         def first(own: Config) -> Params:
             return first_trained(own, work.network, work.mesh, frozen)
 
-        state = restore_state(checkpoints, abstract)
+        state = restore_state(checkpoints, stack_abstract(single, len(begun)))
         if state is None:
             # Adapters begin by their seed alone, and each beginning is a program to compile.
             seeds = {own.seed: own for own in configs}
             starts = {seed: start_from(first(own), tx, single) for seed, own in seeds.items()}
             state = stack_states([starts[own.seed] for own in configs], abstract)
-        done, take = int(state.step), make_take(single)
+        elif len(configs) < len(begun):
+            places = [sorted(begun).index(own.name) for own in configs]
+            state = stack_states([take(state, place) for place in places], abstract)
+        done = int(state.step)
         origin = join_params(first(config) if done else take(state, 0).params, frozen)
         references = find_references(
             work, config.folder, [records, heldout], done, origin, lambda: origin
@@ -192,57 +251,97 @@ def train_together(configs: Sequence[Config], at_once: int = 0) -> None:
             shutil.copyfile(config.folder / REFERENCE_NOTE, own.folder / REFERENCE_NOTE)
         weights = abstract_weights(work.network, work.mesh)
         evaluate = make_evaluate(work, weights, heldout, references[1])
+        # Nothing saved is nothing done: the curves then start anew, before step 0.
+        step = done if done else -1
         logs = [
-            stack.enter_context(MetricLog(own.folder, own.log, done if done else -1, to_dict(own)))
+            stack.enter_context(MetricLog(own.folder, own.log, step, to_dict(own)))
             for own in configs
         ]
         if done == 0:
             audit_control_tokens(inputs[0].tokenizer, records, origin)
-            log_heldout(works, take, state, frozen, evaluate, logs)
+        policies = [
+            Policy(own, log, Watch(own.config.name)) for own, log in zip(works, logs, strict=True)
+        ]
         batches = [train_batches(own, records, references[0], done) for own in works]
         steps = make_steps(work, tx, abstract, at_once)
-        state = run_together(
-            works, steps, state, frozen, batches, evaluate, take, checkpoints, logs
+        state, left = run_together(
+            policies, steps, state, frozen, batches, evaluate, take, checkpoints
         )
-        log_heldout(works, take, state, frozen, evaluate, logs)
-        for number, own in enumerate(configs):
+        trained = [number for number in range(len(configs)) if number not in left]
+        for number in trained:
+            own = configs[number]
             with open_checkpoints(own.folder, own.checkpoint) as finished:
-                save_state(finished, take(state, number))
-    for own, read in zip(configs, inputs, strict=True):
-        summarise(own, read.prepared)
-    shutil.rmtree(unfinished)
+                save_state(finished, take(state, number), read_fingerprints(own.folder))
+    for number in trained:
+        summarise(configs[number], inputs[number].prepared)
+    # The checkpoints may lie elsewhere.
+    place_checkpoints(epath.Path(unfinished), config.checkpoint.directory).rmtree(missing_ok=True)
+    epath.Path(unfinished).rmtree(missing_ok=True)
+    return {configs[number].name: reason for number, reason in left.items()}
+
+
+def _choose(configs: Sequence[Config], begun: Mapping[str, str], unfinished: Path) -> list[Config]:
+    """By name: of runs that an unfinished program holds those that are wanted, or all if none is.
+
+    Raises:
+        UserError: it holds others alone.
+    """
+    settings = name_settings(configs)
+    going_on = [own for own in configs if begun.get(own.name) == settings[own.name]]
+    if begun and not going_on:
+        raise UserError(
+            f"{unfinished}: holds unfinished training of {', '.join(sorted(begun))}, none of which "
+            "is a point to be trained; put them back into sweep(), or delete that folder"
+        )
+    return sorted(going_on or configs, key=lambda own: own.name)
 
 
 def report(folder: Path, points: Sequence[Point]) -> str:
     """Writes table and figures of the finished points into a folder; returns the table to show."""
     rows = collect(points)
-    if not rows:
-        raise UserError(f"{folder}: no point is finished")
     axes = list_axes(points)
-    paths = write_results(folder, rows)
-    numeric = [
+    paths = [*write_results(folder, rows), *_draw(folder, rows, axes)]
+    finished = [point for point in points if is_finished(point.config)]
+    if numeric := _list_numeric(rows, axes):
+        drawn = draw_log_ratios(folder / "log_ratios.png", finished, numeric[0])
+        paths += [drawn] if drawn else []
+    shown = list_measures(rows)
+    means = {name: average(rows, axes, name) for name in shown}
+    table = [[*map(_end, axes), "seeds", *shown]]
+    for key, own in group(rows, axes).items():
+        cells = [str(means[name].get(key, "-")) for name in shown]
+        table.append([*map(str, key), str(len(own)), *cells])
+    head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training; "
+    several = any(len(own) > 1 for own in group(rows, axes).values())
+    head += "mean ± half of its 95 % interval over seeds" if several else "one seed: no intervals"
+    legend = [f"{name}: {explain_measure(name)}" for name in shown]
+    return "\n".join([head, "", format_table(table), "", *legend, "", *map(str, paths)])
+
+
+def _draw(folder: Path, rows: Sequence[Row], axes: Sequence[str]) -> list[Path]:
+    """Maps and curves over the first two axes of numbers, a file for each value of the others.
+
+    So what they average over, and take intervals over, is seeds.
+    """
+    drawn = _list_numeric(rows, axes)[:2]
+    varied = [axis for axis in axes if len({row[axis] for row in rows}) > 1]
+    others = [axis for axis in varied if axis not in drawn]
+    paths = []
+    for values, own in group(rows, others).items() if drawn else ():
+        mark = f"-{_name_point(dict(zip(others, values, strict=True)))}" if others else ""
+        if len(drawn) == 2:
+            paths.append(draw_maps(folder / f"maps{mark}.png", own, drawn))
+        paths.append(draw_curves(folder / f"curves{mark}.png", own, drawn))
+    return paths
+
+
+def _list_numeric(rows: Sequence[Row], axes: Sequence[str]) -> list[str]:
+    """The axes along which there are several numbers."""
+    return [
         axis
         for axis in axes
         if all(_is_number(row[axis]) for row in rows) and len({row[axis] for row in rows}) > 1
     ]
-    if len(numeric) > 1:
-        paths.append(draw_maps(folder / "maps.png", rows, numeric))
-    if numeric:
-        paths.append(draw_curves(folder / "curves.png", rows, numeric))
-        finished = [point for point in points if is_finished(point.config)]
-        drawn = draw_log_ratios(folder / "log_ratios.png", finished, numeric[0])
-        paths += [drawn] if drawn else []
-    shown = [name for name in MEASURES if name in rows[0]]
-    means = {name: average(rows, axes, name) for name in shown}
-    table = [[*(axis.rsplit(".", 1)[-1] for axis in axes), "seeds", *shown]]
-    for key, mean in means[shown[0]].items():
-        cells = [str(means[name][key]) for name in shown]
-        table.append([*map(str, key), str(mean.count), *cells])
-    head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training; "
-    several = any(mean.count > 1 for mean in means[shown[0]].values())
-    head += "mean ± half of its 95 % interval over seeds" if several else "one seed: no intervals"
-    legend = [f"{name}: {explain_measure(name)}" for name in shown]
-    return "\n".join([head, "", format_table(table), "", *legend, "", *map(str, paths)])
 
 
 def _is_number(value: Any) -> bool:

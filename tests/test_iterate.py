@@ -14,7 +14,7 @@ from rpo_jax.exams.asking import Share, read_answers
 from rpo_jax.exams.candidates import read_candidates
 from rpo_jax.exams.prompts import ANSWER_ZERO_SHOT_V1
 from rpo_jax.exams.split import split_exam
-from rpo_jax.iterate import list_rounds
+from rpo_jax.iterate import format_rounds, list_rounds
 from rpo_jax.iterate import main as iterate_main
 from rpo_jax.sample import count_drawn, draw, find_sitting, gather
 from rpo_jax.train import build
@@ -152,3 +152,12 @@ def test_rounds_improve_and_a_break_changes_nothing(guesser, tmp_path, capsys):
     for seed in range(3):
         ids = [answer.id for answer in read_answers(sitting, "answer_only", seed)]
         assert len(ids) == len(set(ids)) == questions
+
+
+def test_a_round_without_a_reference_has_no_margin():
+    before, after = {"preference_accuracy": 0.5}, {"preference_accuracy": 0.75}
+    answers, pairs = {"answer_only": {"right": 0.25}}, {"train": {"modes": {"answer_only": 9}}}
+    result = {"run": "r-1", "answers": answers, "pairs": pairs}
+    told = format_rounds([{**result, "heldout": {"before": before, "after": after}}])
+    (line,) = [line.split() for line in told.splitlines() if line.startswith("r-1")]
+    assert line == ["r-1", "answer_only", "25.0%", "9", "0.5000", "->", "0.7500", "-"]

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -13,15 +15,22 @@ import numpy as np
 import pytest
 
 from rpo_jax import cli, sweep
-from rpo_jax.config import Mesh
-from rpo_jax.errors import UserError
+from rpo_jax.config import Mesh, to_dict
+from rpo_jax.errors import Stopped, UserError
+from rpo_jax.sharding.hlo import read_program
 from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.programs import make_job
 from rpo_jax.training.results import average
 from rpo_jax.training.run import read_metrics
-from rpo_jax.training.state import TrainState, abstract_state, split_params, start_from
+from rpo_jax.training.state import (
+    TrainState,
+    abstract_state,
+    abstract_weights,
+    split_params,
+    start_from,
+)
 from rpo_jax.training.step import frozen_places, make_step
 from rpo_jax.training.together import (
     check_together,
@@ -111,11 +120,41 @@ def test_policies_together_take_the_steps_that_each_takes_alone(mesh, at_once):
         assert alone._cache_size() == 1
 
 
+def count_gathered(work, count):
+    """Bytes that a device gathers in a step of so many policies."""
+    tx = make_optimizer(work.config.optim)
+    single = abstract_state(work.network, tx, work.mesh)
+    abstract = stack_abstract(single, count)
+    places = frozen_places(work)
+    frozen = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        split_params(abstract_weights(work.network, work.mesh))[1],
+        places,
+    )
+    batch = put_batches([pair_batch(pairs())] * count, work)
+    hyper = jax.tree.map(lambda value: jnp.stack([value] * count), work.hyper)
+    lowered = make_steps(work, tx, abstract).lower(abstract, frozen, hyper, batch)
+    transfers = read_program(lowered.compile().as_text()).transfers
+    return sum(t.output_bytes * t.times for t in transfers if t.kind == "all-gather")
+
+
+def test_policies_together_gather_the_base_once():
+    """Cut over eight devices, the frozen weights travel for all policies as they do for one."""
+    config = dataclasses.replace(make_config("rpo"), mesh=Mesh(fsdp=8))
+    work = make_work(config, SMALL, jax.devices())
+    with jax.set_mesh(work.mesh):
+        one, four = (count_gathered(work, count) for count in (1, 4))
+    assert one > 0 and four < 2 * one
+
+
 @pytest.fixture
 def grid(tmp_path):
     """A sweep of four points over the tiny world."""
-    path = tmp_path / "grid.py"
-    path.write_text(GRID.format(rpo=str(RPO)))
+    return write_grid(tmp_path / "grid.py", GRID)
+
+
+def write_grid(path, text):
+    path.write_text(text.format(rpo=str(RPO)))
     return str(path)
 
 
@@ -145,7 +184,9 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
             ]
         for name in ("maps.png", "curves.png", "log_ratios.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
-        assert not list((tmp_path / how).glob("together-*"))
+        assert not list((tmp_path / how).glob("*-together-*"))
+        run = folder.parent / "grid-alpha1.0-beta0.5-seed1"
+        assert "step 6" in (run / "log.txt").read_text()
         before = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
         sweep.main([*arguments, *flags])  # finished points are kept
         after = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
@@ -158,6 +199,147 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
     curves = [[line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs]
     assert len(curves[0]) == 6
     np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+RATES = """
+from runpy import run_path
+
+get_config = run_path({rpo!r})["get_config"]
+
+
+def sweep():
+    for rate in (1e30, 0.01, 0.02):
+        yield {{"optim.learning_rate": rate}}
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", [[], ["--together"]], ids=["apart", "together"])
+def test_a_point_that_diverges_does_not_stop_the_others(workdir, tmp_path, capsys, flags):
+    shutil.copytree(workdir, tmp_path / "runs")
+    path = write_grid(tmp_path / "grid.py", RATES)
+    words = [f"--config={path}", *small(tmp_path / "runs"), *flags]
+    with pytest.raises(UserError, match=r"1 of 3 points have no results: grid-learning_rate1e\+30"):
+        sweep.main(words)
+    assert "2 of 3 points" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "grid"
+    names = [row["name"] for row in json.loads((folder / "results.json").read_text())]
+    assert names == ["grid-learning_rate0.01", "grid-learning_rate0.02"]
+    assert not (folder.parent / "grid-learning_rate1e+30" / "summary.json").exists()
+    kept = (folder.parent / names[0] / "metrics.jsonl").stat().st_mtime_ns
+    with pytest.raises(UserError, match="1 of 3 points have no results"):
+        sweep.main(words)  # tried again, the others are kept
+    assert (folder.parent / names[0] / "metrics.jsonl").stat().st_mtime_ns == kept
+
+
+@pytest.mark.full
+def test_points_together_go_on_where_they_were_stopped(grid, workdir, tmp_path, monkeypatch):
+    """Also when the grid has grown and lost a point meanwhile, and what may change has changed."""
+    for name in ("whole", "stopped"):
+        shutil.copytree(workdir, tmp_path / name)
+    text = Path(grid).read_text()
+    grown = tmp_path / "grown.py"
+    grown.write_text(text.replace("(0.0, 0.1), (1.0, 0.5)", "(0.0, 0.1), (0.5, 0.5)"))
+    less = tmp_path / "less.py"
+    less.write_text(text.replace("range(2)", "range(1, 2)"))
+    sweep.main([f"--config={grid}", *small(tmp_path / "whole"), "--together"])
+
+    def stop_after_three(*arguments):
+        step, taken = make_steps(*arguments), iter(range(10))
+
+        def steps(*given):
+            if next(taken) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*given)
+
+        return steps
+
+    words = [*small(tmp_path / "stopped"), "--together"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "make_steps", stop_after_three)
+        with pytest.raises(Stopped, match="stopped at step 3, saved"):
+            sweep.main([f"--config={grid}", *words])
+    with pytest.raises(UserError, match=r"unfinished training of grid-alpha0\.0-beta0\.1-seed0"):
+        other = tmp_path / "other.py"
+        other.write_text(text.replace("range(2)", "(5,)"))
+        sweep.main([f"--config={other}", *words])
+    sweep.main([f"--config={less}", *words, "--config.log.tensorboard=False"])
+    found, whole = (
+        {
+            row["name"]: row
+            for row in json.loads((tmp_path / name / "grid/results.json").read_text())
+        }
+        for name in ("stopped", "whole")
+    )
+    assert set(found) == {"grid-alpha0.0-beta0.1-seed1", "grid-alpha1.0-beta0.5-seed1"}
+    for name, row in found.items():
+        runs = [tmp_path / place / name for place in ("stopped", "whole")]
+        steps, losses = zip(
+            *(
+                [
+                    [line[x] for line in read_metrics(run) if "loss" in line]
+                    for x in ("step", "loss")
+                ]
+                for run in runs
+            ),
+            strict=True,
+        )
+        assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+        assert row["nll"] == pytest.approx(whole[name]["nll"], rel=1e-5)
+    assert not list((tmp_path / "stopped").glob("*-together-*"))
+    sweep.main([f"--config={grown}", *words])
+    rows = json.loads((tmp_path / "stopped/grid/results.json").read_text())
+    assert len(rows) == 4
+    assert {row["name"]: row for row in rows}["grid-alpha0.0-beta0.1-seed1"] == found[
+        "grid-alpha0.0-beta0.1-seed1"
+    ]
+
+
+MIXED = """
+from runpy import run_path
+
+get_config = run_path({rpo!r})["get_config"]
+
+
+def sweep():
+    for preference in ("dpo", "none"):
+        for alpha in (0.5, 1.0):
+            for rate in (0.1, 0.2):
+                for decay in (0.0, 0.1):
+                    yield {{
+                        "rpo.preference": preference,
+                        "rpo.alpha": alpha,
+                        "optim.learning_rate": rate,
+                        "optim.weight_decay": decay,
+                    }}
+"""
+
+
+def test_losses_that_measure_different_things_share_a_table(tmp_path):
+    """Rows of `none` have no margin; maps and curves average over seeds alone."""
+    path = write_grid(tmp_path / "grid.py", MIXED)
+    points = sweep.read_points(path, small(tmp_path))
+    for number, point in enumerate(points):
+        folder = point.config.folder
+        folder.mkdir(parents=True)
+        after = {"nll": float(number), "loss": 1.0}
+        if point.config.rpo.preference == "dpo":
+            after["margin"] = 0.5
+        summary = {"heldout": {"before": after, "after": after}, "trained_on": {"tokens": 1}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "run.json").write_text(json.dumps({"config": to_dict(point.config), "data": {}}))
+        (folder / "metrics.jsonl").touch()
+    told = sweep.report(tmp_path / "grid", points)
+    lines = [line.split() for line in told.splitlines() if line.startswith(("dpo", "none"))]
+    assert [line[5] for line in lines] == ["0.5000"] * 8 + ["-"] * 8
+    figures = {path.name for path in (tmp_path / "grid").glob("*.png")}
+    assert figures == {
+        f"{what}-preference{preference}-weight_decay{decay}.png"
+        for what in ("maps", "curves")
+        for preference in ("dpo", "none")
+        for decay in (0.0, 0.1)
+    }
 
 
 def test_points_that_differ_in_numbers_alone_are_compiled_once(monkeypatch):
@@ -238,6 +420,9 @@ def test_what_is_no_sweep_is_refused(grid, tmp_path, body, told):
         ({"lora": {"rank": 0}}, "lora.rank=0"),
         ({"lora": {"rank": 2, "dropout": 0.5}}, "lora.dropout=0.5"),
         ({"lora": {"rank": 2}, "data": {"row_sizes": 2}}, "data.row_sizes=2"),
+        ({"lora": {"rank": 2}, "rpo": {"reference": "live"}}, "rpo.reference='live'"),
+        ({"lora": {"rank": 2}, "rpo": {"term_gradients_every_steps": 1}}, "term_gradients_every"),
+        ({"lora": {"rank": 2}, "log": {"wandb_project": "x"}}, "log.wandb_project='x'"),
     ],
 )
 def test_what_is_not_one_program_is_refused(changes, told):

@@ -125,6 +125,15 @@ def save_state(
     )
 
 
+def find_fingerprints(checkpoints: ocp.training.Checkpointer) -> dict[str, str]:
+    """What the newest state was saved with; nothing where there is none yet."""
+    if checkpoints.latest is None:
+        return {}
+    step = checkpoints.latest.step
+    found = _read(checkpoints, step, lambda: checkpoints.checkpointables_metadata(step))
+    return dict(found.custom_metadata["fingerprints"])
+
+
 def restore_state(
     checkpoints: ocp.training.Checkpointer, abstract: TrainState
 ) -> TrainState | None:

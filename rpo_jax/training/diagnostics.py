@@ -69,7 +69,9 @@ def make_term_gradients(work: Workload) -> Callable[..., dict[str, Array]]:
 class Watch:
     """Warns of what goes wrong in a preference run without stopping it, when it has lasted."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str = "") -> None:
+        """Of several runs that speak at once, which one it is."""
+        self._whose = f"{run}: " if run else ""
         self._in_a_row: Counter[str] = Counter()
 
     def look(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -81,5 +83,11 @@ class Watch:
             if self._in_a_row[name] == patience:
                 lasted = f", bad for {patience} measures in a row" if patience > 1 else ""
                 logging.warning(
-                    "warning: step %d: %s is %.6g%s: %s", step, name, scalars[name], lasted, warning
+                    "warning: %sstep %d: %s is %.6g%s: %s",
+                    self._whose,
+                    step,
+                    name,
+                    scalars[name],
+                    lasted,
+                    warning,
                 )

@@ -24,7 +24,7 @@ import rpo_jax
 from rpo_jax.config import Config, to_dict
 from rpo_jax.errors import Stopped, UserError
 from rpo_jax.training.meeting import GONE, Meeting, Place, meet
-from rpo_jax.training.run import find_versions
+from rpo_jax.training.run import find_versions, list_values
 
 OPTIONS = {
     "processes": "processes of the run, one a host, each started with this same command (1)",
@@ -174,16 +174,8 @@ def _describe(config: Config, cluster: Cluster) -> dict[str, Any]:
         "processes": cluster.processes,
         "code": code.hexdigest()[:16],
         **find_versions(),
-        **dict(_flatten("config", to_dict(config))),
+        **dict(list_values({"config": to_dict(config)})),
     }
-
-
-def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key in value:
-            yield from _flatten(f"{name}.{key}", value[key])
-    else:
-        yield name, value
 
 
 def _log_as(place: Place, meeting: Meeting) -> None:

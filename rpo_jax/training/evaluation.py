@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from rpo_jax.data.loader import Record
 from rpo_jax.data.records import Records
-from rpo_jax.errors import UserError
+from rpo_jax.errors import DivergedError, UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.rules import batch_sharding
 from rpo_jax.training.distributed import agree, wait_for_all
@@ -49,8 +49,8 @@ def make_evaluate(
     """A function from weights to held-out means over the first `train.eval_rows` records.
 
     Its second argument, by default `work.hyper`, are the weights of the loss. It adds up in
-    float64; a mean that is not finite, or nothing to predict, is a UserError. With `general` text
-    it also measures `general_nll`, the nats/token there.
+    float64; nothing to predict is a UserError, a mean that is not finite a DivergedError. With
+    `general` text it also measures `general_nll`, the nats/token there.
     """
     measure = make_measure(work, abstract)
 
@@ -77,7 +77,7 @@ def make_evaluate(
         means = {name: total / counts[divisor] for (divisor, name), total in sums.items()}
         means["loss"] = float(work.objective.loss(means, hyper))
         if not np.isfinite(list(means.values())).all():
-            raise UserError(f"{records.directory}: a held-out mean is not finite: {means}")
+            raise DivergedError(f"{records.directory}: a held-out mean is not finite: {means}")
         return means
 
     return evaluate

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rpo_jax.training.results import MEASURES, Mean, Point, Row, average
+from rpo_jax.training.results import Mean, Point, Row, average, list_measures
 from rpo_jax.training.run import read_metrics
 from rpo_jax.writing import open_whole
 
@@ -20,9 +20,9 @@ _WINDOW = 9  # steps that a training curve is averaged over
 
 
 def draw_maps(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
-    """A heat map for each measure over the first two axes; averaged over seeds and other axes."""
-    first, second = axes[:2]
-    shown = [name for name in MEASURES if name in rows[0]]
+    """A heat map for each measure over two axes, averaged over seeds."""
+    first, second = axes
+    shown = list_measures(rows)
     figure, panels = _panels(len(shown))
     for panel, name in zip(panels, shown, strict=True):
         means = average(rows, (first, second), name)
@@ -45,9 +45,9 @@ def draw_maps(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
 
 
 def draw_curves(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
-    """Each measure over the first axis, a line a value of the second, intervals over seeds."""
-    first, *others = axes[:2]
-    shown = [name for name in MEASURES if name in rows[0]]
+    """Each measure over an axis, a line a value of a second one, with intervals over seeds."""
+    first, *others = axes
+    shown = list_measures(rows)
     figure, panels = _panels(len(shown))
     for panel, name in zip(panels, shown, strict=True):
         lines: dict[Any, list[tuple[float, Mean]]] = defaultdict(list)
@@ -127,7 +127,7 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
     ):
         panel.set_xticks(range(len(compared)), list(compared), rotation=30, ha="right")
         panel.set_title(title, fontsize=10)
-    left.legend(fontsize=8, loc="upper left")
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
     return _save(figure, path)
 
 
@@ -137,7 +137,7 @@ def _mark(
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
     panel.errorbar(x, value, [[value - low], [high - value]], color=color, fmt="o", capsize=4)
     if len(runs) > 1:
-        panel.plot([x] * len(runs), [100 * run for run in runs], "k.", markersize=4)
+        panel.plot([x + 0.1] * len(runs), [100 * run for run in runs], "k.", markersize=4)
 
 
 def _panels(count: int, share: bool = False) -> tuple[Figure, list[Axes]]:

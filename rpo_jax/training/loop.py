@@ -15,7 +15,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from rpo_jax.errors import Stopped, UserError
+from rpo_jax.errors import DivergedError, Stopped
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.diagnostics import Watch, make_term_gradients
@@ -63,8 +63,8 @@ def run_steps(
     Metrics stay on the device until they are due, so that the host runs ahead of the device.
 
     Raises:
-        UserError: a loss or gradient was not finite; names step and records. The state before it is
-            not harmed, and what was saved before stays.
+        DivergedError: a loss or gradient was not finite; names step and records. The state before
+            it is not harmed, and what was saved before stays.
         Stopped: after a signal; the state is saved.
     """
     config, train = work.config, work.config.train
@@ -177,7 +177,7 @@ def _flush(
     for (step, records, _), metrics in zip(pending, fetched, strict=True):
         scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
         if not metrics["finite"]:
-            raise UserError(
+            raise DivergedError(
                 f"step {step}: loss {scalars['loss']} with gradient norm {scalars['grad_norm']} on "
                 f"records {records[records >= 0].tolist()}; the step was refused, what is "
                 "saved is from before it. Lower optim.learning_rate, or look at these records"

@@ -36,6 +36,11 @@ class Mean:
     half: float
     count: int
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Ready for JSON, which has no nan."""
+        half = None if self.count == 1 else self.half
+        return {"value": self.value, "half": half, "count": self.count}
+
     def __str__(self) -> str:
         """As in 0.8125 ± 0.0312."""
         return f"{self.value:.4f}" + (f" ± {self.half:.4f}" if self.count > 1 else "")
@@ -62,11 +67,27 @@ def list_axes(points: Sequence[Point]) -> list[str]:
 
 
 def average(rows: Sequence[Row], axes: Sequence[str], measure: str) -> dict[tuple[Any, ...], Mean]:
-    """The mean of a measure over seeds, by the values of the axes, in order of appearance."""
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    """The mean of a measure over seeds, by the values of the axes, in order of appearance.
+
+    Rows that have not got the measure, as those of a loss without a reference, are not in it.
+    """
+    return {
+        key: _mean([row[measure] for row in own])
+        for key, own in group([row for row in rows if measure in row], axes).items()
+    }
+
+
+def group(rows: Sequence[Row], axes: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows by their values of the axes, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[tuple(row[axis] for axis in axes)].append(row[measure])
-    return {key: _mean(values) for key, values in groups.items()}
+        groups[tuple(row[axis] for axis in axes)].append(row)
+    return dict(groups)
+
+
+def list_measures(rows: Sequence[Row]) -> list[str]:
+    """Of `MEASURES`, what any of the rows has."""
+    return [name for name in MEASURES if any(name in row for row in rows)]
 
 
 def _mean(values: Sequence[float]) -> Mean:

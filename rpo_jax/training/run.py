@@ -15,6 +15,7 @@ from etils import epath
 
 from rpo_jax import __version__
 from rpo_jax.config import Config, to_dict
+from rpo_jax.data.records import digest
 from rpo_jax.data.tokenizer import Tokenizer
 from rpo_jax.errors import UserError
 from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
@@ -185,6 +186,17 @@ def check_same_run(config: Config, free: tuple[str, ...] = _FREE) -> None:
         )
 
 
+def digest_settings(config: Config, also_free: tuple[str, ...] = ()) -> str:
+    """Tells configs apart by what the numbers of a run come from.
+
+    Args:
+        config: of a run.
+        also_free: dotted names that are not looked at, beside those that may change on the way.
+    """
+    free = (*_FREE, *also_free)
+    return digest([item for item in list_values(to_dict(config)) if not item[0].startswith(free)])
+
+
 def read_fingerprints(folder: Path) -> dict[str, str]:
     """The fingerprints of data and tokenizer that a run was made of; none of another model."""
     return _read_run(folder)["data"] if (folder / RUN_FILE).exists() else {}
@@ -217,6 +229,15 @@ def _find_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
+
+
+def list_values(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names and values of nested dicts."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from list_values(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def list_changes(

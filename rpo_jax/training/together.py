@@ -6,10 +6,10 @@ gathered and read once for all. Each policy sees the batches that it would see a
 steps that it would take.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -23,15 +23,16 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from rpo_jax.config import Config, to_dict
-from rpo_jax.errors import Stopped, UserError
+from rpo_jax.errors import DivergedError, Stopped, UserError
 from rpo_jax.model.qwen2 import Params
 from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.checkpoint import save_state
+from rpo_jax.training.diagnostics import Watch
 from rpo_jax.training.loop import catch_signals, heldout_names
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.objective import Batch, Hyper
-from rpo_jax.training.run import list_changes
+from rpo_jax.training.run import digest_settings, list_changes
 from rpo_jax.training.state import TrainState, join_params
 from rpo_jax.training.step import define_step, frozen_places
 from rpo_jax.training.workload import Rows, Workload
@@ -48,6 +49,45 @@ OWN = (
 )
 
 
+# Field, what it must be, and why, told where it is not.
+_WANTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("lora.rank", lambda rank: rank > 0, "whole models do not share a base: train apart"),
+    ("stage", lambda stage: stage == "rpo", "policies are trained by stage='rpo'"),
+    (
+        "lora.dropout",
+        lambda share: share == 0,
+        "its draws are built into a program by seed; 0 is wanted",
+    ),
+    ("rpo.reference", lambda how: how == "stored", "'stored' is wanted"),
+    ("rpo.term_gradients_every_steps", lambda steps: steps == 0, "0 is wanted, or train apart"),
+    (
+        "exam.name",
+        lambda name: not name,
+        "policies of one program take no exam while they train; let each take it afterwards, by "
+        "`rpo_jax.evaluate`",
+    ),
+    (
+        "data.row_sizes",
+        lambda sizes: sizes <= 1,
+        "policies of one program compute rows of one length; 1 is wanted",
+    ),
+    (
+        "log.wandb_project",
+        lambda project: not project,
+        "W&B has one run in a process: leave it empty, or train apart",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One of the runs that a program trains: what it computes, where it logs, what watches it."""
+
+    work: Workload
+    log: MetricLog
+    watch: Watch
+
+
 def check_together(configs: Sequence[Config]) -> None:
     """Refuses runs that are not one program.
 
@@ -55,27 +95,10 @@ def check_together(configs: Sequence[Config]) -> None:
         UserError: says which field stands in the way.
     """
     first = configs[0]
-    if not first.lora.rank:
-        raise UserError("--together: lora.rank=0; whole models do not share a base: train apart")
-    if first.stage != "rpo":
-        raise UserError(f"--together: stage={first.stage!r}; policies are trained by stage='rpo'")
-    if first.lora.dropout:
-        raise UserError(
-            f"--together: lora.dropout={first.lora.dropout}: its draws are built into a program by "
-            "seed; 0 is wanted"
-        )
-    if first.rpo.reference != "stored":
-        raise UserError(f"--together: rpo.reference={first.rpo.reference!r}: 'stored' is wanted")
-    if first.exam.name:
-        raise UserError(
-            f"--together: exam.name={first.exam.name!r}: policies of one program take no exam "
-            "while they train; let each take it afterwards, by `rpo_jax.evaluate`"
-        )
-    if first.data.row_sizes > 1:
-        raise UserError(
-            f"--together: data.row_sizes={first.data.row_sizes}: policies of one program compute "
-            "rows of one length; 1 is wanted"
-        )
+    for name, is_fine, why in _WANTED:
+        value = attrgetter(name)(first)
+        if not is_fine(value):
+            raise UserError(f"--together: {name}={value!r}: {why}")
     for config in configs[1:]:
         for name, ours, theirs in list_changes(to_dict(first), to_dict(config)):
             if name not in OWN:
@@ -174,7 +197,7 @@ def put_batches(batches: Sequence[Rows], work: Workload) -> Batch:
 
 
 def run_together(
-    works: Sequence[Workload],
+    policies: Sequence[Policy],
     steps: Callable[..., tuple[TrainState, dict[str, Array]]],
     state: TrainState,
     frozen: Params,
@@ -182,82 +205,108 @@ def run_together(
     evaluate: Callable[[Params, Hyper], dict[str, float]],
     take: Callable[[TrainState, int], TrainState],
     checkpoints: ocp.training.Checkpointer,
-    logs: Sequence[MetricLog],
-) -> TrainState:
+) -> tuple[TrainState, dict[int, str]]:
     """`loop.run_steps` for several policies: steps to `train.steps`, each policy's metrics logged.
 
+    A policy whose numbers are not finite is left behind, and the others go on. Of a state that is
+    taken up again these are the policies without a loss at its step.
+
+    Returns:
+        The state, and by number the policies that were left behind, each with a reason.
+
     Raises:
-        UserError: a policy's loss or gradient was not finite; names it, and the step.
         Stopped: after a signal; the state is saved.
     """
-    config, train = works[0].config, works[0].config.train
-    hyper = jax.tree.map(lambda *values: jnp.stack(values), *(work.hyper for work in works))
+    config, train = policies[0].work.config, policies[0].work.config.train
+    hyper = jax.tree.map(lambda *values: jnp.stack(values), *(one.work.hyper for one in policies))
+    settings = name_settings([one.work.config for one in policies])
     done = int(state.step)
+    left = {
+        number: f"was left behind before step {done}, see its log.txt"
+        for number, one in enumerate(policies)
+        if done and not one.log.has(done, "loss")
+    }
     pending: list[tuple[int, dict[str, Array]]] = []
+
+    def leave(number: int, reason: str) -> None:
+        left[number] = reason
+        logging.warning("warning: %s: %s", policies[number].work.config.name, reason)
+
+    def write(number: int, step: int, scalars: dict[str, float]) -> None:
+        policies[number].log.write(step, scalars)
+        policies[number].watch.look(step, scalars)
 
     def flush() -> None:
         for step, metrics in jax.device_get(pending):
-            for number, log in enumerate(logs):
+            for number in going_on():
                 scalars = {name: float(values[number]) for name, values in metrics.items()}
-                if not scalars.pop("finite"):
-                    raise UserError(
-                        f"step {step}: {works[number].config.name}: loss {scalars['loss']} with "
-                        f"gradient norm {scalars['grad_norm']}; lower its optim.learning_rate, or "
-                        "leave the point out. What is saved is from before it"
-                    )
-                log.write(step, scalars)
+                if scalars.pop("finite"):
+                    write(number, step, scalars)
+                else:
+                    told = f"loss {scalars['loss']} with gradient norm {scalars['grad_norm']}"
+                    leave(number, f"step {step}: {told}; lower its optim.learning_rate")
         pending.clear()
+
+    def look() -> None:
+        every = train.eval_every_steps
+        if done not in (0, train.steps) and (not every or done % every):
+            return
+        for number in going_on():
+            if policies[number].log.has(done, "heldout/loss"):
+                continue
+            params = join_params(take(state, number).params, frozen)
+            try:
+                found = evaluate(params, policies[number].work.hyper)
+            except DivergedError as error:
+                leave(number, f"step {done}: {error}; lower its optim.learning_rate")
+            else:
+                write(number, done, heldout_names(found))
+
+    def going_on() -> list[int]:
+        return [number for number in range(len(policies)) if number not in left]
 
     with (
         catch_signals() as stop,
         tqdm(
             total=train.steps,
             initial=done,
-            desc=f"{len(works)} policies",
+            desc=f"{len(policies)} policies",
             unit="step",
             disable=None,
         ) as bar,
     ):
-        while done < train.steps:
-            placed = put_batches([next(own) for own in batches], works[0])
+        look()  # at step 0, and where it was stopped before it looked
+        while done < train.steps and going_on():
+            placed = put_batches([next(own) for own in batches], policies[0].work)
             state, metrics = steps(state, frozen, hyper, placed)
             done += 1
             bar.update()
             pending.append((done, metrics))
-            last = done == train.steps or bool(stop)
-            save = last or done % config.checkpoint.save_every_steps == 0
-            look = train.eval_every_steps and done % train.eval_every_steps == 0
-            if save or look or done % train.log_every_steps == 0:
+            stops = bool(stop)  # a signal from here on waits for the next step
+            last = done == train.steps
+            save = last or stops or done % config.checkpoint.save_every_steps == 0
+            looks = train.eval_every_steps and done % train.eval_every_steps == 0
+            if save or looks or done % train.log_every_steps == 0:
                 flush()
                 if bar.disable:
-                    logging.info("step %d/%d of %d policies", done, train.steps, len(works))
-            if look and not last:
-                log_heldout(works, take, state, frozen, evaluate, logs)
+                    logging.info("step %d/%d of %d policies", done, train.steps, len(policies))
+            if not stops:
+                look()
             if save:
-                save_state(checkpoints, state)
-            if save and stop:
+                for one in policies:
+                    one.log.sync()  # a checkpoint is never ahead of its metrics
+                save_state(checkpoints, state, settings)
+            if stops:
                 checkpoints.wait()
                 raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
-    return state
+    return state, left
 
 
-def log_heldout(
-    works: Sequence[Workload],
-    take: Callable[[TrainState, int], TrainState],
-    state: TrainState,
-    frozen: Params,
-    evaluate: Callable[[Params, Hyper], dict[str, float]],
-    logs: Sequence[MetricLog],
-) -> None:
-    """Measures each policy on held-out records, where that is not logged yet."""
-    step = int(state.step)
-    for number, (work, log) in enumerate(zip(works, logs, strict=True)):
-        if not log.has(step, "heldout/loss"):
-            params = join_params(take(state, number).params, frozen)
-            log.write(step, heldout_names(evaluate(params, work.hyper)))
+def name_settings(configs: Sequence[Config]) -> dict[str, str]:
+    """What a run of several policies is a run of, in order: the settings of each, by its name."""
+    return {config.name: digest_settings(config) for config in configs}
 
 
-def digest_together(configs: Sequence[Config]) -> str:
-    """Tells one set of policies from another: what is unfinished goes on only as it began."""
-    text = json.dumps([to_dict(config) for config in configs], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def digest_shared(config: Config) -> str:
+    """Tells programs of several policies apart."""
+    return digest_settings(config, OWN)[:8]
