@@ -1,7 +1,7 @@
 """The paper's comparison in the embedded world; the form is the argument.
 
 python -m rpo_jax.study                                        # quick: minutes, shows how it goes
-python -m rpo_jax.study --config configs/study.py:standard     # one seed, an hour on two cores
+python -m rpo_jax.study --config configs/study.py:standard     # one seed, 51 minutes on two cores
 python -m rpo_jax.study --config configs/study.py:reported     # a test world, three seeds, hours
 """
 
@@ -37,7 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "worlds": (0,),
         "seeds": (0,),
         "games": {"copies": 1200, "comparisons": 800, "choices": 1000, "riddles": 2000},
-        "steps": (4000, 3000, 320),
+        "steps": (3000, 2500, 320),
         "rate": 1e-4,
         "answers": 4,
         "questions": 0,

@@ -19,6 +19,7 @@ explaining, as `exam` says. Finished runs and answers are kept, whatever was sto
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +31,7 @@ from rpo_jax.config import MODES, Config, Exam
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
 from rpo_jax.examine import Plan, lay_out, take_exam
-from rpo_jax.exams.arms import Sat, compare_arms
+from rpo_jax.exams.arms import GAINS, Sat, compare_arms
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, Drawing
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.fictional import is_test_world
@@ -41,7 +42,7 @@ from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
-from rpo_jax.training.results import Point, Row, average, collect, write_results
+from rpo_jax.training.results import Mean, Point, Row, average, collect, write_results
 from rpo_jax.training.run import find_versions
 from rpo_jax.writing import write_json
 
@@ -52,6 +53,9 @@ _SHOWN = {  # held-out measures, where a stage has them
     "reward_accuracy": "reward accuracy",
     "margin": "margin, nats",
 }
+
+
+_OVER_RUNS = (*MODES, "difference", *GAINS)
 
 
 @dataclass(frozen=True)
@@ -225,13 +229,14 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     folder, start = shared.folder, shared.study.start
     points = [Point({"arm": run.arm}, run.config) for run in runs]
     rows: list[Row] = [
-        {"world": sat.world, "seed": sat.seed, **row, **sat.scores()}
+        {"world": sat.world, "seed": sat.seed, **row, **sat.scores(), **sat.gains(sats, start)}
         for row, sat in zip(collect(points), sats, strict=True)
     ]
-    compared = compare_arms(sats, start)
+    compared, over_runs = compare_arms(sats, start), average_runs(rows)
     paths = write_results(folder, rows)
     measured = {
         "study": shared.name,
+        "command": shlex.join(["python", "-m", "rpo_jax.study", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": find_versions(),
@@ -239,6 +244,10 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
         "seeds": shared.study.seeds,
         "start": start,
         "arms": compared,
+        "over_runs": {
+            arm: {name: mean.to_dict() for name, mean in means.items()}
+            for arm, means in over_runs.items()
+        },
     }
     write_json(folder / "study.json", measured)
     paths += [folder / "study.json", draw_arms(folder / "arms.png", compared, rows)]
@@ -255,7 +264,8 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
         paths += [drawn] if drawn else []
     tables = [format_heldout(rows), format_arms(compared, rows)]
     tables += [format_sections(compared), format_kinds(compared), format_explanations(compared)]
-    tables += _say_seeds(rows)
+    if any(means["difference"].count > 1 for means in over_runs.values()):
+        tables.append(format_runs(over_runs))
     return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
 
 
@@ -265,11 +275,13 @@ def format_heldout(rows: Sequence[Row]) -> str:
     for arm, own in _by_arm(rows).items():
         for name, text in _SHOWN.items():
             if name in own[0]:
-                what = "chosen nats/token" if (name, "margin" in own[0]) == ("nll", True) else text
-                before, after = (
-                    average(own, ["arm"], f"{name}{end}")[arm,] for end in ("_before", "")
+                of_pairs = "preference_accuracy" in own[0]
+                what = "chosen nats/token" if of_pairs and name == "nll" else text
+                before, after, tokens = (
+                    average(own, ["arm"], measure)[arm,]
+                    for measure in (f"{name}_before", name, "tokens")
                 )
-                table.append([arm, f"{own[0]['tokens']:,}", what, str(before), str(after)])
+                table.append([arm, f"{tokens.value:,.0f}", what, str(before), str(after)])
     return format_table(table)
 
 
@@ -332,15 +344,20 @@ def format_explanations(compared: Mapping[str, Mapping[str, Any]]) -> str:
     return format_table(table)
 
 
-def _say_seeds(rows: Sequence[Row]) -> list[str]:
-    """Accuracies and differences as means over runs, with Student's intervals, if there are any."""
-    measures = (*MODES, "difference")
-    means = {measure: average(rows, ["arm"], measure) for measure in measures}
-    if all(mean.count == 1 for mean in means["difference"].values()):
-        return []
-    table = [["means over runs", *measures]]
-    table += [[arm, *(str(means[x][arm,]) for x in measures)] for arm in _by_arm(rows)]
-    return [format_table(table)]
+def average_runs(rows: Sequence[Row]) -> dict[str, dict[str, Mean]]:
+    """By arm, accuracies, differences and gains as means over runs, with Student's intervals."""
+    return {
+        arm: {name: average(own, ["arm"], name)[arm,] for name in _OVER_RUNS if name in own[0]}
+        for arm, own in _by_arm(rows).items()
+    }
+
+
+def format_runs(over_runs: Mapping[str, Mapping[str, Mean]]) -> str:
+    """Accuracies, differences and gains as means over runs."""
+    table = [["means over runs", *_OVER_RUNS]]
+    for arm, means in over_runs.items():
+        table.append([arm, *(str(means.get(name, "-")) for name in _OVER_RUNS)])
+    return f"{format_table(table)}\n\ngain: less that of study.start with the same seed"
 
 
 def _say(estimate: Mapping[str, float]) -> str:

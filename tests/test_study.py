@@ -97,6 +97,7 @@ def test_the_committed_study_has_the_arms_of_the_paper():
     for form, seeds in (("", 1), (":standard", 1), (":reported", 3)):
         shared, runs = study.read_study(f"{STUDY}{form}", [])
         assert len(shared.study.seeds) == seeds
+        assert all((world >= 1000) == (form == ":reported") for world in shared.study.worlds)
         arms = {run.arm: run.config for run in runs}
         assert list(arms) == [
             "copies",
@@ -117,7 +118,6 @@ def test_the_committed_study_has_the_arms_of_the_paper():
         assert len({(one.train, one.data, one.optim) for one in last}) == 1
         assert len({one.init_from for one in last[:3]}) == 1
         assert last[3].init_from == arms["base"].name
-    assert all(world >= 1000 for world in shared.study.worlds)
 
 
 @pytest.mark.parametrize("form", ["quick", "standard"])
@@ -281,6 +281,7 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     rows = [
         {"name": "x", "arm": one.arm, "world": one.world, "seed": one.seed, **measures}
         | one.scores()
+        | one.gains(done, "cpt")
         for one in done
     ]
     compared = compare_arms(done, "cpt")
@@ -294,6 +295,24 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     held = study.format_heldout(rows)
     assert "nats/token" in held and "1,234" in held
     assert draw_arms(tmp_path / "arms.png", compared, rows).stat().st_size > 10_000
+    over_runs = study.average_runs(rows)
+    # Differences of `rpo` by run are 0; those of `cpt` with the same seeds -0.2 and -0.4, twice.
+    assert over_runs["rpo"]["difference_gain"].count == 4
+    assert over_runs["rpo"]["difference_gain"].value == pytest.approx(0.3)
+    half = 3.182446 * np.std([0.2, 0.4, 0.2, 0.4], ddof=1) / 2  # Student's t, 3 degrees of freedom
+    assert over_runs["rpo"]["difference_gain"].half == pytest.approx(half)
+    assert over_runs["base"]["explain_first_gain"].value == pytest.approx(-0.1)  # seed 0 alone
+    assert "difference_gain" not in over_runs["cpt"]
+    (line,) = [x for x in study.format_runs(over_runs).splitlines() if x.startswith("cpt")]
+    assert line.split()[-2:] == ["-", "-"]
+
+
+def test_pairs_have_nats_of_chosen_answers():
+    """Those of SFT too, which has no margin."""
+    row = {"arm": "sft", "tokens": 5, "nll": 1.0, "nll_before": 2.0}
+    assert "chosen nats/token" not in study.format_heldout([row])
+    row |= {"preference_accuracy": 0.5, "preference_accuracy_before": 0.5}
+    assert "chosen nats/token" in study.format_heldout([row])
 
 
 def run_study(words):
@@ -335,8 +354,9 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path):
     printed = run_study(words)
     folder = workdir / "tiny"
     results = json.loads((folder / "results.json").read_text())
-    compared = json.loads((folder / "study.json").read_text())["arms"]
-    assert [row["arm"] for row in results] == list(compared)
+    stored = json.loads((folder / "study.json").read_text())
+    compared = stored["arms"]
+    assert [row["arm"] for row in results] == list(compared) == list(stored["over_runs"])
     assert list(compared) == ["base", "cpt", "dpo", "rpo", "base-rpo"]
     table = csv.DictReader((folder / "results.csv").read_text().splitlines())
     assert [row["arm"] for row in table] == list(compared)

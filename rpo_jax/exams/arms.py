@@ -19,6 +19,7 @@ from rpo_jax.exams.scoring import Mark, measure_rates
 from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
 
 RATES = ("parse", "stop")
+GAINS = ("explain_first_gain", "difference_gain")  # less the same of the arm compared with
 PARTS = ("ABC", "DEF")  # sections about what training questions are about, and about the rest
 
 
@@ -50,6 +51,16 @@ class Sat:
             found[mode] = float(self.right(mode).mean())
             found |= {f"{mode}_{name}": float(rates[name] or 0.0) for name in RATES}
         return {**found, "difference": found[EXPLAIN_FIRST] - found[ANSWER_ONLY]}
+
+    def gains(self, sats: "Sequence[Sat]", start: str) -> dict[str, float]:
+        """What explaining and the difference gain over the run of `start` with the same seed."""
+        asked = (start, self.world, self.seed)
+        same = [other for other in sats if (other.arm, other.world, other.seed) == asked]
+        if self.arm == start or not same:
+            return {}
+        own, theirs = self.scores(), same[0].scores()
+        measures = (EXPLAIN_FIRST, "difference")
+        return {gain: own[x] - theirs[x] for gain, x in zip(GAINS, measures, strict=True)}
 
 
 def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
