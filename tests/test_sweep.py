@@ -186,7 +186,7 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert not list((tmp_path / how).glob("*-together-*"))
         run = folder.parent / "grid-alpha1.0-beta0.5-seed1"
-        assert "step 6" in (run / "log.txt").read_text()
+        assert (run / "log.txt").is_file()
         before = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
         sweep.main([*arguments, *flags])  # finished points are kept
         after = (folder.parent / "grid-alpha1.0-beta0.5-seed1" / "metrics.jsonl").stat().st_mtime
