@@ -29,9 +29,12 @@ mount_bucket() {
     "$BUCKET" /mnt/rpo
 }
 
-# docker stop sends SIGTERM: the run saves a checkpoint and ends. Status 2 is a mistake of the user's,
-# which another try does not mend, 143 the answer to a stop; after anything else it is tried again, 75
-# among them: a host that has not come in time, process 0 gone, a store that does not answer.
+# docker stop sends SIGTERM: the run saves a checkpoint and ends on all hosts, with 143. So it does after a
+# notice to one host, which must find the others when it is back: 143 is tried again, and nothing but
+# `systemctl stop` keeps a host down. One that it has not reached yet starts again, and waits for those
+# that it has. Status 2 is a mistake of the user's, which another try does not mend; after anything else it
+# is tried again, 75 among them: a host that is late or gone, a store that does not answer.
+# --init: as process 1, Python would not end by a SIGTERM that comes before it listens for one.
 write_unit() {
   local processes='' exam=''
   # `sample` and `evaluate` run on one host, and know no --processes.
@@ -46,17 +49,14 @@ StartLimitIntervalSec=0
 
 [Service]
 ExecStartPre=-/usr/bin/docker rm -f rpo_jax
-ExecStart=/usr/bin/docker run --name=rpo_jax --privileged --network=host --ipc=host \\
+ExecStart=/usr/bin/docker run --init --name=rpo_jax --privileged --network=host --ipc=host \\
   --volume=/mnt/rpo:/mnt/rpo --workdir=/mnt/rpo --env=JAX_COMPILATION_CACHE_DIR=/mnt/rpo/jax_cache$exam \\
   $IMAGE $COMMAND$processes
 ExecStop=/usr/bin/docker stop --time=300 rpo_jax
 TimeoutStopSec=330
 Restart=on-failure
-RestartPreventExitStatus=2 143
+RestartPreventExitStatus=2
 RestartSec=15
-
-[Install]
-WantedBy=multi-user.target
 EOF
 }
 
@@ -67,7 +67,8 @@ start_service() {
     write_unit >/etc/systemd/system/rpo_jax.service
   fi
   act systemctl daemon-reload
-  act systemctl enable --now rpo_jax.service
+  # Not enabled: after a reboot it waits for this script, which mounts the bucket.
+  act systemctl start rpo_jax.service
 }
 
 command -v gcsfuse >/dev/null || install_gcsfuse
