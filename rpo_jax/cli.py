@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rpo_jax.config import Config, describe, explain, field_names, resolve
-from rpo_jax.errors import PassingError, Stopped, UserError, may_pass
+from rpo_jax.errors import Stopped, UserError, find_status
 from rpo_jax.fields import suggestion
 
 # What the libraries say of a value of the wrong type, and what is said here.
@@ -81,7 +81,7 @@ def exit_on_error() -> Iterator[None]:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(PassingError.status if may_pass(error) else UserError.status)
+        sys.exit(find_status(error))
 
 
 def parse(

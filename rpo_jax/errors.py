@@ -51,3 +51,12 @@ class Stopped(Exception):
 def may_pass(error: OSError) -> bool:
     """Whether storage or a network is away, so that another try may go well."""
     return isinstance(error, TimeoutError) or error.errno in _PASSING
+
+
+def find_status(error: BaseException) -> int:
+    """The exit status of a command that ends with an error: 1 is that of a bug."""
+    if isinstance(error, UserError):
+        return error.status
+    if isinstance(error, OSError) and error.filename is not None:
+        return PassingError.status if may_pass(error) else UserError.status
+    return 1

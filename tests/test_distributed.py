@@ -1,11 +1,14 @@
 """Several processes are one run: the same losses, one end, and each trouble named."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ from rpo_jax.errors import PassingError, UserError
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.rules import find_own_rows
 from rpo_jax.training.distributed import find_place, joined, read_cluster
-from rpo_jax.training.meeting import GONE, Place, meet
+from rpo_jax.training.meeting import Place, meet
 from tests.processes import REPO, find_ports, finish, start
 from tests.test_train import BASE, RPO, base_overrides, count_losses, losses, rpo_overrides, run
 from tests.tiny import MESHES, make_config
@@ -115,7 +118,7 @@ def test_a_process_that_dies_is_named_by_the_others(tmp_path, killed):
     assert time.monotonic() - began < 120  # long before the five minutes of jax's own waits
     other, errors = processes[1 - killed], said[1 - killed][1]
     # Without process 0 jax aborts too, at the same moment, and may be the first to speak.
-    assert other.returncode in ((GONE, -signal.SIGABRT) if killed == 0 else (GONE,)), errors
+    assert other.returncode in ((75, -signal.SIGABRT) if killed == 0 else (75,)), errors
     name = f"process {killed} ({socket.gethostname()}, pid {processes[killed].pid})"
     jax_spoke = "JAX distributed service detected fatal errors" in errors
     told = f"error: {name} is gone; the same command" in errors
@@ -123,11 +126,65 @@ def test_a_process_that_dies_is_named_by_the_others(tmp_path, killed):
 
 
 @pytest.mark.full
-def test_a_mistake_in_one_process_ends_all(tmp_path):
-    said = finish(start(2, train(*base_overrides(tmp_path, train__batch_rows=3))))
-    for _, errors in said:
-        assert "train.batch_rows=3 in train.micro_batches=1 parts is 3 rows" in errors
-        assert "Check failure" not in errors
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        ({"train__batch_rows": 3}, "train.batch_rows=3 in train.micro_batches=1 parts is 3 rows"),
+        ({"tokenizer__path": "nowhere"}, "tokenizer.path=nowhere: no such tokenizer"),
+    ],
+    ids=["that each finds", "that process 0 finds"],
+)
+def test_a_mistake_in_one_process_ends_all(tmp_path, fields, mistake):
+    processes = start(2, train(*base_overrides(tmp_path, **fields)))
+    for process, (_, errors) in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 2, errors  # which launchers do not try again
+        assert mistake in errors
+        assert "Check failure" not in errors and "the same command" not in errors
+
+
+ENDING = """
+import os, signal, sys, time
+from pathlib import Path
+from rpo_jax.training.meeting import Place, meet
+
+folder, port, index, end = sys.argv[1:]
+place = Place("localhost", int(port), 3, int(index))
+met = meet(place, {"name": f"host-{index}"}, Path(folder), 60.0)
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if end != "waits":
+    met.abandon("for a reason", int(end))
+    os._exit(int(end))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("end", "status", "told"),
+    [
+        ("2", 2, "ended: for a reason\n"),
+        ("75", 75, "ended: for a reason; the same command"),
+        ("1", 1, "ended: for a reason; the same command"),
+        ("killed", 75, "is gone; the same command"),
+    ],
+)
+def test_the_others_end_with_the_status_of_the_first(tmp_path, first, end, status, told):
+    command = [sys.executable, "-c", ENDING, str(tmp_path), str(find_ports())]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index), end if index == first else "waits"],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(3)
+    ]
+    for index, (_, errors) in enumerate(finish(processes, timeout=120)):
+        if index != first:
+            assert processes[index].returncode == status, errors
+            assert f"error: process {first} (host-{first}) {told}" in errors
 
 
 @pytest.mark.full
@@ -246,19 +303,22 @@ def test_a_port_that_is_taken_may_be_free_later(tmp_path):
         meet(Place("localhost", port, 2, 0), {"name": "a"}, tmp_path, 5.0)
 
 
-def say_hello(port, index, name):
-    """The connection of a process that has said who it is."""
+def connect(port):
     deadline = time.monotonic() + 20
     while True:
         try:
-            connected = socket.create_connection(("localhost", port))
+            return socket.create_connection(("localhost", port))
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        else:
-            hello = {"index": index, "facts": {"name": name}}
-            connected.sendall(json.dumps(hello).encode() + b"\n")
-            return connected
+
+
+def say_hello(port, index, name):
+    """The connection of a process that has said who it is."""
+    connected = connect(port)
+    hello = {"index": index, "facts": {"name": name}}
+    connected.sendall(json.dumps(hello).encode() + b"\n")
+    return connected
 
 
 def test_a_process_that_starts_again_is_waited_for(tmp_path):
@@ -272,6 +332,38 @@ def test_a_process_that_starts_again_is_waited_for(tmp_path):
             said = first.exception()
     assert str(said) == "processes: process 2 (c, killed) is gone before the run began"
     assert said.status == 75
+
+
+def test_a_process_whose_mount_hangs_is_named_in_time(tmp_path):
+    port = find_ports()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(meet, Place("localhost", port, 3, index), {"name": "a"}, tmp_path, 3.0)
+            for index in range(2)
+        ]
+        with say_hello(port, 2, "b"):  # and never says what it sees
+            said = [call.exception() for call in calls]
+    wanted = "processes: process 2 (b) has not said after 3 s whether it sees "
+    assert [str(each) for each in said] == [f"{wanted}{tmp_path}; does its mount hang?"] * 2
+    assert [each.status for each in said] == [75, 75]
+
+
+def test_process_0_is_named_when_it_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr("rpo_jax.training.meeting._HELLO_S", 0.5)
+    port = find_ports()
+    with (
+        socket.create_server(("", port)),
+        pytest.raises(PassingError, match=f"process 0 at localhost:{port} says nothing for 1 s"),
+    ):
+        meet(Place("localhost", port, 2, 1), {"name": "b"}, tmp_path, 0.5)
+
+
+def test_a_folder_that_cannot_be_is_a_mistake_in_all_processes(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "runs"
+    wanted = f"processes: process 0 (host-0) cannot write to {folder}: Not a directory"
+    assert meet_all(folder, {}, {}) == [wanted] * 2
+    assert meet_all(folder, {}, {}, tell=status) == [2, 2]
 
 
 def test_a_process_does_not_take_itself_for_another(tmp_path, monkeypatch):
@@ -298,17 +390,24 @@ def test_strangers_do_not_disturb(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, Place("localhost", port, 2, 0), {"name": "a"}, tmp_path, 20.0)
         for noise in (b"", b"GET / HTTP/1.1\r\n", b"[]\n", b'{"index": 1}\n'):
-            connected = None
-            while connected is None:
-                try:
-                    connected = socket.create_connection(("localhost", port))
-                except OSError:
-                    time.sleep(0.05)
-            with connected:
+            with connect(port) as connected:
                 connected.sendall(noise)
         second = pool.submit(meet, Place("localhost", port, 2, 1), {"name": "b"}, tmp_path, 20.0)
         for meeting in (first.result(), second.result()):
             pool.submit(meeting.leave)
+
+
+def test_silent_strangers_cost_no_time(tmp_path):
+    port = find_ports()
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
+        late = pool.submit(meet, Place("localhost", port, 3, 0), {"name": "a"}, tmp_path, 3.0)
+        for _ in range(2):
+            strangers.enter_context(connect(port))
+        strangers.enter_context(say_hello(port, 1, "b"))
+        said = str(late.exception())
+    assert said.endswith("3 s: process 0 (a), process 1 (b); missing: process 2")
+    assert time.monotonic() - began < 9  # one alone would be waited for for 10 s
 
 
 @pytest.mark.parametrize(

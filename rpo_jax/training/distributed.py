@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 
 import rpo_jax
 from rpo_jax.config import Config, to_dict
-from rpo_jax.errors import Stopped, UserError
-from rpo_jax.training.meeting import GONE, Meeting, Place, meet
+from rpo_jax.errors import Stopped, UserError, find_status
+from rpo_jax.training.meeting import Meeting, Place, meet
 from rpo_jax.training.run import find_versions, list_values
 
 OPTIONS = {
@@ -84,7 +84,7 @@ def joined(config: Config, cluster: Cluster) -> Iterator[None]:
 
     Before jax starts, the processes meet: all must be there, with the same code, config and
     versions, and see the same workdir. While the context is open, the end of one is the end of all,
-    and the others say which it was.
+    with one exit status, and the others say which it was.
 
     Raises:
         PassingError: some are missing.
@@ -119,9 +119,10 @@ def joined(config: Config, cluster: Cluster) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, UserError):
             time.sleep(_ECHO_S)
-        meeting.abandon(f"{error}" if isinstance(error, UserError) else f"{error!r}")
+        status = find_status(error)
+        meeting.abandon(f"{error}" if isinstance(error, UserError) else f"{error!r}", status)
         # jax would wait at exit for the processes that ended.
-        atexit.register(os._exit, error.status if isinstance(error, UserError) else GONE)
+        atexit.register(os._exit, status)
         raise
     _part(meeting)
 

@@ -16,18 +16,18 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rpo_jax.errors import PassingError, UserError
+from rpo_jax.errors import PassingError, UserError, may_pass
 
-GONE = 1  # exit status of a process that ends because another one did
 _AGAIN = "the same command, on every host, goes on from the last checkpoint"
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times
 _RETRY_S = 0.2
-_HELLO_S = 10.0  # for a connection to say who it is
+_HELLO_S = 10.0  # for the rest of a message that has begun
+_HEAD_START_S = 1.0  # for the others to end before process 0, without which jax aborts them
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,15 @@ class Meeting:
         for line in self._lines.values():
             line.close()
 
-    def abandon(self, why: str) -> None:
-        """Tells the others that this process ends, and why; they end too."""
+    def abandon(self, why: str, status: int) -> None:
+        """Tells the others that this process ends, why and with which status; so do they."""
         self._left.set()
-        self._send({"ended": f"{self.names[self._place.index]} ended: {why}"})
+        self._send_end(f"{self.names[self._place.index]} ended: {why}", status)
+
+    def _send_end(self, why: str, status: int) -> None:
+        self._send({"ended": why, "status": status})
+        if self._place.index == 0:
+            time.sleep(_HEAD_START_S)
 
     def _send(self, message: dict[str, Any]) -> None:
         for line in self._lines.values():
@@ -89,18 +94,18 @@ class Meeting:
                 for key, _ in selector.select(timeout=1.0):
                     message = open_lines[key.data].receive()
                     if message is None:
-                        message = {"ended": f"{self.names[key.data]} is gone"}
+                        why = f"{self.names[key.data]} is gone"
+                        message = {"ended": why, "status": PassingError.status}
                     if "ended" in message and not self._left.is_set():
-                        self._send(message)
-                        _exit(message["ended"])
+                        self._exit(message["ended"], message["status"])
                     selector.unregister(key.fileobj)
                     del open_lines[key.data]
 
-
-def _exit(why: str) -> None:
-    """Ends the process from any thread: the main one may wait in a collective for ever."""
-    logging.error("error: %s; %s", why, _AGAIN)
-    os._exit(GONE)
+    def _exit(self, why: str, status: int) -> None:
+        """Ends the process from any thread: the main one may wait in a collective for ever."""
+        logging.error("error: %s%s", why, "" if status == UserError.status else f"; {_AGAIN}")
+        self._send_end(why, status)
+        os._exit(status)
 
 
 def meet(place: Place, facts: Mapping[str, Any], shared: Path, timeout_s: float) -> Meeting:
@@ -111,28 +116,24 @@ def meet(place: Place, facts: Mapping[str, Any], shared: Path, timeout_s: float)
         facts: JSON values; `name` is what people call the process, all others must be equal in all
             processes.
         shared: a folder that every process has to see; made where it is not there.
-        timeout_s: seconds to wait for the others.
+        timeout_s: seconds to wait for the others to come, and again for them to see the folder.
 
     Raises:
-        PassingError: some did not come in time, or are gone again; says which.
-        UserError: some differ, or do not see the folder; says which. Either is raised in all
-            processes alike.
+        PassingError: some did not come or answer in time, or are gone again; says which.
+        UserError: some differ, or do not see the folder, or it cannot be made; says which. Either
+            is raised in all processes alike.
     """
     deadline = time.monotonic() + timeout_s
     if place.index:
         return _attend(place, facts, timeout_s, deadline)
-    shared.mkdir(parents=True, exist_ok=True)
-    with (
-        _listen(place) as server,
-        tempfile.NamedTemporaryFile(prefix=".seen-", dir=shared) as marker,
-    ):
+    with _listen(place) as server:
         lines: dict[int, _Line] = {}
         told = {0: json.loads(json.dumps(facts))}  # tuples are lists, as for the others
         found = list(_gather(place, server, lines, told, timeout_s, deadline))
         if not found:
             found = list(_compare(told))
         if not found:
-            found = list(_look_for(marker.name, lines, told))
+            found = list(_look_for(shared.absolute(), lines, told, timeout_s))
         problems = [str(problem) for problem in found]
         again = all(isinstance(problem, PassingError) for problem in found)
         names = {index: _name(index, said) for index, said in told.items()}
@@ -163,32 +164,52 @@ def _gather(
     deadline: float,
 ) -> Iterator[UserError]:
     """Fills in lines and what each process told; yields what went wrong."""
-    while len(told) < place.count:
-        server.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            line = _Line(server.accept()[0])
-        except TimeoutError:
-            absent = sorted(set(range(place.count)) - told.keys())
-            here = ", ".join(_name(index, said) for index, said in sorted(told.items()))
-            yield PassingError(
-                f"{len(told)} of {place.count} processes are here after {timeout_s:g} s: {here}; "
-                f"missing: {', '.join(f'process {index}' for index in absent)}"
-            )
-            return
-        hello = line.receive(_HELLO_S)
-        if not hello or not {"index", "facts"} <= hello.keys():
-            line.close()  # whoever that was
-        elif hello["index"] in told and not _has_hung_up(lines.get(hello["index"])):
-            names = f"{told[hello['index']]['name']} and {hello['facts']['name']}"
-            problem = f"two say that they are process {hello['index']}: {names}"
-            line.send({"problems": [problem], "again": False})
-            line.close()
-            yield UserError(problem)
-            return
-        else:
-            if before := lines.get(hello["index"]):  # it was started again
+    with contextlib.closing(_receive_hellos(server, deadline)) as hellos:
+        for line, hello in hellos:
+            index, facts = hello["index"], hello["facts"]
+            if index in told and not _has_hung_up(lines.get(index)):
+                names = f"{told[index]['name']} and {facts['name']}"
+                problem = f"two say that they are process {index}: {names}"
+                line.send({"problems": [problem], "again": False})
+                line.close()
+                yield UserError(problem)
+                return
+            if before := lines.get(index):  # it was started again
                 before.close()
-            lines[hello["index"]], told[hello["index"]] = line, hello["facts"]
+            lines[index], told[index] = line, facts
+            if len(told) == place.count:
+                return
+    absent = sorted(set(range(place.count)) - told.keys())
+    here = ", ".join(_name(index, said) for index, said in sorted(told.items()))
+    yield PassingError(
+        f"{len(told)} of {place.count} processes are here after {timeout_s:g} s: {here}; "
+        f"missing: {', '.join(f'process {index}' for index in absent)}"
+    )
+
+
+def _receive_hellos(
+    server: socket.socket, deadline: float
+) -> Generator[tuple["_Line", dict[str, Any]], None, None]:
+    """Each connection that says who it is, until the deadline; silent ones hold nobody up."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        try:
+            while (left_s := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left_s):
+                    if key.data is None:
+                        line = _Line(server.accept()[0])
+                        selector.register(line.socket, selectors.EVENT_READ, line)
+                        continue
+                    selector.unregister(key.fileobj)
+                    hello = key.data.receive(_HELLO_S)
+                    if hello and {"index", "facts"} <= hello.keys():
+                        yield key.data, hello
+                    else:
+                        key.data.close()  # whoever that was
+        finally:
+            for key in selector.get_map().values():
+                if key.data is not None:
+                    key.data.close()
 
 
 def _has_hung_up(line: "_Line | None") -> bool:
@@ -209,19 +230,36 @@ def _compare(told: Mapping[int, dict[str, Any]]) -> Iterator[UserError]:
 
 
 def _look_for(
-    marker: str, lines: Mapping[int, "_Line"], told: Mapping[int, dict[str, Any]]
+    shared: Path, lines: Mapping[int, "_Line"], told: Mapping[int, dict[str, Any]], timeout_s: float
 ) -> Iterator[UserError]:
-    """Yields who does not see a file, or is gone."""
-    for line in lines.values():
-        line.send({"look for": str(Path(marker).absolute())})
-    for index, line in sorted(lines.items()):
-        answer = line.receive()
-        if answer is None:
-            yield PassingError(f"{_name(index, told[index])} is gone before the run began")
+    """Makes a file; yields who does not see it, is gone or does not answer."""
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".seen-", dir=shared) as marker:
+            for line in lines.values():
+                line.send({"look for": marker.name})
+            deadline = time.monotonic() + timeout_s
+            answers = {
+                index: line.receive(max(deadline - time.monotonic(), 0.001))
+                for index, line in sorted(lines.items())
+            }
+    except OSError as error:
+        kind = PassingError if may_pass(error) else UserError
+        yield kind(f"{_name(0, told[0])} cannot write to {shared}: {error.strerror}")
+        return
+    for index, answer in answers.items():
+        name = _name(index, told[index])
+        if answer is None and _has_hung_up(lines[index]):
+            yield PassingError(f"{name} is gone before the run began")
+        elif answer is None:
+            yield PassingError(
+                f"{name} has not said after {timeout_s:g} s whether it sees {shared}; does its "
+                "mount hang?"
+            )
         elif answer != {"seen": True}:
             yield UserError(
-                f"{_name(index, told[index])} does not see {Path(marker).parent}, as process 0 "
-                "does; a workdir that all hosts share is wanted"
+                f"{name} does not see {shared}, as process 0 does; a workdir that all hosts share "
+                "is wanted"
             )
 
 
@@ -239,14 +277,19 @@ def _attend(place: Place, facts: Mapping[str, Any], timeout_s: float, deadline: 
                 ) from error
             time.sleep(_RETRY_S)
     line.send({"index": place.index, "facts": facts})
-    message = line.receive()
+    limit_s = timeout_s + _HELLO_S  # process 0, which says what it waits for, gives up first
+    message = line.receive(limit_s)
     if message and "look for" in message:
         line.send({"seen": Path(message["look for"]).exists()})
-        message = line.receive()
-    if message is None or message["problems"]:
+        message = line.receive(limit_s)
+    if message is None:
+        gone = _has_hung_up(line)
         line.close()
-        gone = f"process 0 at {place.host}:{place.port} is gone before the run began"
-        _refuse(message["problems"] if message else [gone], not message or message.get("again"))
+        what = "is gone before the run began" if gone else f"says nothing for {limit_s:g} s"
+        _refuse([f"process 0 at {place.host}:{place.port} {what}"], again=True)
+    if message["problems"]:
+        line.close()
+        _refuse(message["problems"], message["again"])
     return Meeting(place, dict(message["names"]), {0: line})
 
 
@@ -259,7 +302,7 @@ def _connect(place: Place) -> socket.socket:
     return connection
 
 
-def _refuse(problems: list[str], again: bool | None) -> NoReturn:
+def _refuse(problems: list[str], again: bool) -> NoReturn:
     """Raises problems, as one that another try may mend or as another."""
     kind = PassingError if again else UserError
     raise kind("\n".join(f"processes: {problem}" for problem in problems))
