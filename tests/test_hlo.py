@@ -91,6 +91,34 @@ def test_a_transfer_that_runs_through_fusions_counts_once():
     assert transfer.between_cycles == 350
 
 
+# What a layer of nf4 weights puts out on four devices, and the same in other types.
+GATHER = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (p: TYPE[1,2048,512]) -> TYPE[1,8192,512] {
+  ROOT %all-gather.1 = TYPE[1,8192,512]{2,1,0:LAYOUT} all-gather(%p), replica_groups=[1,4]<=[4]
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "bits"),
+    [
+        ("u4", "T(64,128)(8,1)E(4)", 4),
+        ("s4", "T(8,128)(8,1)E(4)S(1)", 4),
+        ("pred", "T(8,128)(4,1)", 8),
+        ("s8", "T(8,128)(4,1)", 8),
+        ("f8e4m3fn", "T(8,128)(4,1)", 8),
+        ("s16", "T(8,128)(2,1)", 16),
+        ("bf16", "T(8,128)(2,1)", 16),
+        ("f32", "T(8,128)", 32),
+    ],
+)
+def test_a_value_has_the_bits_of_its_type(kind, layout, bits):
+    program = read_program(GATHER.replace("TYPE", kind).replace("LAYOUT", layout))
+    (transfer,) = program.transfers
+    assert transfer.output_bytes == 8192 * 512 * bits // 8
+
+
 CHOICE = """HloModule jit_step, is_scheduled=true
 
 %costly (p: f32[8]) -> f32[8] {
@@ -228,6 +256,8 @@ def test_seconds_by_hand():
     ("text", "group"),
     [
         ("source_target_pairs={{0,60},{4,0}}", (0, 60)),
+        ("source_target_pairs={{0,0},{1,1},{4,2},{2,4}}, frontend", (4, 2)),
+        ("source_target_pairs={{0,0},{1,1}}", ()),
         ("replica_groups={{0,1,2},{3,4,5}}, use", (0, 1, 2)),
         ("replica_groups=[2,2]<=[4], dimensions", (0, 1)),
         ("replica_groups=[4,16]<=[16,4]T(1,0), dim", tuple(range(0, 64, 4))),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -33,7 +32,7 @@ class Transfer:
         kind: all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all.
         output_bytes: of its result on one device.
         group: ids of the devices that talk with each other, of the first group; of a permutation
-            the first source and its target; of none where slices talk.
+            the first source that has another target, and that; of none where slices talk.
         between_cycles: compute scheduled between its start and its end, which hides it.
         times: it runs in a step.
         across_slices: each device talks with its like in the other slices, by way of the hosts.
@@ -248,9 +247,14 @@ def _output_bytes(kind: str, op: _Op, inner: _Op) -> int:
 
 def _sizes(shape: str) -> list[int]:
     return [
-        _BYTES.get(kind, 1) * math.prod(int(n) for n in dims.split(",") if n)
+        _bits(kind) * math.prod(int(n) for n in dims.split(",") if n) // 8
         for kind, dims in _SHAPE.findall(shape)
     ]
+
+
+def _bits(kind: str) -> int:
+    """Of one value, by the name of its type; a TPU packs four bits (`E(4)` in layouts of u4)."""
+    return 8 if kind == "pred" else int(kind.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
 def _end(op: _Op, chain: str, ops: list[_Op], computations: dict[str, list[_Op]]) -> _Op:
@@ -306,9 +310,13 @@ def _float_shapes(text: str) -> list[tuple[int, ...]]:
 
 
 def read_group(text: str) -> tuple[int, ...]:
-    """The first group of devices of a collective, in any of the notations of HLO."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return int(pairs[1]), int(pairs[2])
+    """The first group of devices of a collective, in any of the notations of HLO.
+
+    Of a permutation the first pair that moves something.
+    """
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        moves = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1]) if a != b]
+        return moves[0] if moves else ()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(int(n) for n in listed[1].split(","))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
