@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 import re
 import shlex
 from functools import partial
@@ -103,16 +104,31 @@ def test_layers_are_cast_one_by_one(planned):
     assert not re.search(r"= bf16\[2,128,256\]\S* convert\(", hlo)
 
 
-def test_the_same_program_is_not_compiled_again(planned, monkeypatch):
+def test_the_same_program_is_not_compiled_again(planned):
     cache, plan = planned
     stored = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len(stored) == 1
+    assert [path.name for path in stored] == [f"{plan['digest']}.json.gz"]
     # Alpha and beta are traced: a sweep over them is one program.
     rpo = dataclasses.replace(small_run().rpo, alpha=0.25, beta=0.5)
     assert (rpo.alpha, rpo.beta) != (small_run().rpo.alpha, small_run().rpo.beta)
     swept = dataclasses.replace(small_run(), rpo=rpo)
     assert plan_for(swept, "v6e:2x2", cache) == plan
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == stored
+
+
+@pytest.mark.parametrize("variable", ["LIBTPU_INIT_ARGS", "XLA_FLAGS"])
+def test_under_other_flags_a_program_is_another(variable, planned, monkeypatch):
+    def compile_again(lowered):
+        raise NotImplementedError("compiled again")
+
+    cache, plan = planned
+    monkeypatch.setattr("jax.stages.Lowered.compile", compile_again)
+    with monkeypatch.context() as here:
+        flags = os.environ.get(variable, "") + " --xla_cpu_enable_fast_math=false"
+        here.setenv(variable, flags)
+        with pytest.raises(NotImplementedError, match="compiled again"):
+            plan_for(small_run(), "v6e:2x2", cache)
+    assert plan_for(small_run(), "v6e:2x2", cache) == plan
 
 
 @pytest.mark.parametrize(

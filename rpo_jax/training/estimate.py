@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from importlib.metadata import version
@@ -39,6 +40,8 @@ _OUT_OF_MEMORY = re.compile(
     r"(?: of |\) exceeds available HBM \()([\d.]+)([KMG])"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# What the environment says to a compiler.
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 # Bytes that are kept of a compiled program, and what XLA calls them.
 _MEMORY = {
     "temporaries": "temp_size_in_bytes",
@@ -65,11 +68,13 @@ def plan_program(
         config: of the run.
         shape: of the network; the model folder itself is not needed.
         topology: chips to compile for.
-        cache: folder of compiled programs, by a digest of program, topology and versions.
+        cache: folder of compiled programs, by a digest of program, topology, versions and flags
+            (`LIBTPU_INIT_ARGS`, `XLA_FLAGS`).
         tokens: whose cost is told; None: those of the run, all its steps with full rows.
 
     Returns:
-        A plan, ready for JSON; units are in the names. `fits` is False where the program is too
+        A plan, ready for JSON; units are in the names. `digest` is that of the compiled program,
+        which is another where the code has changed. `fits` is False where the program is too
         large; then only `hbm_gb` tells of the program. Nothing is told of a GPU's time or traffic:
         its compiler counts no cycles.
 
@@ -78,7 +83,8 @@ def plan_program(
     """
     job = make_job(program, config, shape, topology.devices)
     compiled = _compile(job.lower(), topology, cache, compiler_options(job.work.mesh))
-    found = _facts(job, topology) | _memory(job, topology, compiled)
+    found = _facts(job, topology) | {"digest": compiled["digest"]}
+    found |= _memory(job, topology, compiled)
     if found["fits"] and topology.chip.clock_hz:
         return found | _speed(job, topology, compiled, tokens)
     return found
@@ -93,10 +99,13 @@ def _compile(
     """
     facts = [topology.name, *versions(topology).values(), options, *_MEMORY]
     facts += [topology.target] if topology.target else []
+    flags = {name: os.environ[name] for name in _FLAGS if os.environ.get(name)}
+    facts += [flags] if flags else []
     name = json.dumps(facts) + lowered.as_text()
-    path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json.gz"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:24]
+    path = cache / f"{digest}.json.gz"
     if path.is_file():
-        return json.loads(gzip.decompress(path.read_bytes()))
+        return json.loads(gzip.decompress(path.read_bytes())) | {"digest": digest}
     began = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -117,7 +126,7 @@ def _compile(
     result["compile_seconds"] = round(time.monotonic() - began, 1)
     cache.mkdir(parents=True, exist_ok=True)
     write_whole(path, gzip.compress(json.dumps(result).encode()))
-    return result
+    return result | {"digest": digest}
 
 
 def versions(topology: Topology) -> dict[str, str]:
