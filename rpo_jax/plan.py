@@ -52,6 +52,8 @@ def main(
     opened = [open_topology(name) for name in slices]  # before anything is compiled
     if not search:
         check_meshes(config, opened)
+    elif programs != ["step"]:
+        raise UserError(f"--search lays out the training step: leave out --program={program}")
     elif untimed := [one.name for one in opened if not one.chip.clock_hz]:
         raise UserError(f"--search ranks by time, which is unknown of a GPU: {', '.join(untimed)}")
     plans: list[Plan] = []
@@ -207,7 +209,7 @@ if __name__ == "__main__":
     cli.run(
         main,
         examples=EXAMPLES,
-        search="try meshes, micro-batches and remat policies, and rank what fits",
+        search="try meshes, micro-batches and remat policies of the step, and rank what fits",
         options={
             "topology": "to compile for: v6e:8x8, '2*v6e:16x16', h100:8; several with commas "
             "between, where the mesh of the config fits each",

@@ -234,6 +234,7 @@ def test_two_slices_are_compiled_as_one_run(tmp_path):
         ({"program": "train"}, "--program=train: train is none of step, reference, decode"),
         ({"tokens": "many"}, "--tokens=many: a number is wanted"),
         ({"meshes": "0"}, "--meshes=0: must be at least 1"),
+        ({"search": True, "program": "step,decode"}, "training step: leave out --program=step,dec"),
     ],
     ids=str,
 )
@@ -290,6 +291,29 @@ def test_four_bits_are_half_a_byte():
     place = NamedSharding(mesh, PartitionSpec("data"))
     held = {name: jax.ShapeDtypeStruct((64, 32), name, sharding=place) for name in FORMS}
     assert {name: local_bytes(leaf) for name, leaf in held.items()} == FORMS
+
+
+def test_a_search_tries_what_the_room_is_for(tmp_path, monkeypatch):
+    """512 tokens in two layers: attention keeps 512 KiB; what layers read is there already."""
+    topology = open_topology("v6e:1x1")
+    tried = []
+
+    def fill(program, config, shape, topology, cache, tokens):
+        tried.append(config.model.remat)
+        sizes = {"total": (topology.chip.hbm_bytes - room) / 1e9, "chip": 33.55}
+        speed = {"seconds": {"step": 1.0}, "tokens_per_s_per_chip": 1.0, "mfu": 0.5}
+        layout = {"mesh": {}, "micro_batches": 1, "remat": tried[-1]}
+        return {"fits": True, "hbm_gb": sizes, **layout, **speed}
+
+    monkeypatch.setattr("rpo_jax.training.search.plan_program", fill)
+    for room, policies in (
+        (510 * 2**10, ["full"]),
+        (514 * 2**10, ["full", "attention"]),
+        (2**30, ["full", "dots"]),
+    ):
+        tried.clear()
+        search(small_run(), WIDE, topology, tmp_path, 1e9, meshes=1)
+        assert tried == policies
 
 
 def test_flops_by_hand():

@@ -33,7 +33,7 @@ def make_policy(remat: str, offload: bool) -> Callable[..., Any]:
 
 
 def kept_width(shape: ModelShape, remat: str) -> int:
-    """Numbers that all layers together keep for a token."""
+    """Numbers that all layers together keep for a token, beside their inputs."""
     heads = shape.num_attention_heads * shape.head_dim
     widths = {
         OUTPUT: heads,
@@ -42,5 +42,4 @@ def kept_width(shape: ModelShape, remat: str) -> int:
         **dict.fromkeys(("gate", "up"), shape.intermediate_size),
         "o": shape.hidden_size,
     }
-    kept = shape.hidden_size + sum(widths[name] for name in _KEPT[remat])
-    return kept * shape.num_hidden_layers
+    return sum(widths[name] for name in _KEPT[remat]) * shape.num_hidden_layers

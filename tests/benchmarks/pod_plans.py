@@ -102,13 +102,17 @@ s = compute + kernels + exposed communication | tokens/s/chip | MFU | compiled i
 """
 
 
-def search_line(path: str, slice_: str, cache: Path) -> list[dict[str, Any]]:
-    """What a search finds, best first: the layouts and what they take."""
+def search_line(path: str, slice_: str, cache: Path) -> dict[str, Any]:
+    """What a search finds: by which compiler, and the layouts and what they take, best first."""
     config = load_config(path)
     shape = load_shape(config.model.shape)
     plans = search(config, shape, open_topology(slice_), cache, 1e9, MESHES)
-    names = ("mesh", "micro_batches", "remat", "fits", "hbm_gb", "seconds", "tokens_per_s_per_chip")
-    return [{name: plan[name] for name in names if name in plan} for plan in plans]
+    names = (
+        *("mesh", "micro_batches", "remat", "digest"),
+        *("fits", "hbm_gb", "seconds", "tokens_per_s_per_chip"),
+    )
+    layouts = [{name: plan[name] for name in names if name in plan} for plan in plans]
+    return {"layouts": layouts, "versions": plans[0]["versions"]}
 
 
 def same_layout(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -191,8 +195,7 @@ def main() -> None:
         print(key, flush=True)
         made = describe_run()
         if args.search:
-            layouts = search_line(*line[:2], args.cache)
-            figures["searches"][key] = {"layouts": layouts, "made": made}
+            figures["searches"][key] = {**search_line(*line[:2], args.cache), "made": made}
         else:
             figures["plans"][key] = {**plan_line(*line, args.cache), "made": made}
         write_json(FIGURES, figures)
