@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.speed import KERNEL_EFFICIENCY, estimate_seconds, kernel_flops
 from rpo_jax.sharding.topology import Topology
 from rpo_jax.training.programs import Job, make_job
-from rpo_jax.training.workload import Workload, full_batch
+from rpo_jax.training.workload import full_batch
 from rpo_jax.writing import write_whole
 
 Plan = dict[str, Any]
@@ -188,34 +189,77 @@ def _memory(job: Job, topology: Topology, compiled: dict[str, Any]) -> Plan:
         "fits": False,
         "hbm_gb": sizes,
         "too_large_by_gb": round(total - has, 2),
-        "what_would_help": _what_would_help(job.work, sum(held.values()), total, has),
+        "what_would_help": advise(job, topology, {**held, **beside}, total, has),
         **compile_seconds,
     }
 
 
-def _what_would_help(work: Workload, state: float, used: float, limit: float) -> list[str]:
-    config, mesh = work.config, work.mesh
+def advise(
+    job: Job, topology: Topology, state: dict[str, float], used: float, limit: float
+) -> list[str]:
+    """What would make room for a program: what its config can say, and this program heeds.
+
+    Args:
+        job: the program.
+        topology: chips that it is for.
+        state: GB a chip of what lies there before it runs, by kind.
+        used: GB a chip of all that it takes.
+        limit: GB that a chip has.
+    """
+    config, mesh = job.work.config, job.work.mesh.shape
     advice = []
-    if config.model.remat != "full":
+    if job.program == "step" and config.model.remat != "full":
         advice.append("--config.model.remat=full recomputes layers instead of keeping them")
-    if mesh.shape["data"] > 1:
+    if mesh["data"] > topology.slices:
+        copied = " and ".join(kind for kind in state if kind != "cache")
         advice.append(
-            f"mesh.data={mesh.shape['data']} holds as many copies of weights and optimizer: move "
-            "it to mesh.fsdp"
+            f"mesh.data={mesh['data']} holds as many copies of {copied}: "
+            f"{topology.slices} will do, with a larger mesh.fsdp"
         )
-    if work.micro_rows > mesh.shape["data"] * mesh.shape["fsdp"]:
+    is_large = sum(state.values()) > limit / 2
+    if job.program == "decode":
+        advice += _advise_decoding(config, state["cache"])
+    else:
+        advice += _advise_rows(job)
+        advice += _advise_weights(config) if is_large else []
+    if is_large:
         advice.append(
-            f"--config.train.micro_batches={config.train.micro_batches * 2}: fewer rows at once"
-        )
-    elif mesh.shape["seq"] * mesh.shape["tensor"] < 8:
-        advice.append("a larger mesh.seq or mesh.tensor cuts each row's activations")
-    if state > 0.8 * limit:
-        chips = math.ceil(used / limit) * mesh.size
-        advice.append(
-            f"weights and optimizer alone take {state:.1f} GB a chip: about {chips} chips, "
-            "model.param_dtype=bfloat16, or adapters"
+            f"{' and '.join(state)} alone take {sum(state.values()):.1f} GB a chip: about "
+            f"{math.ceil(used / limit) * topology.chips} chips"
         )
     return advice
+
+
+def _advise_decoding(config: Config, cache: float) -> Iterator[str]:
+    lengths = "data.row_length"
+    if config.stage == "rpo":
+        lengths = "data.prompt_length or data.response_length"
+    yield f"a smaller {lengths}: the cache takes {cache:.1f} GB a chip"
+    if config.model.compute_dtype == "float32":
+        yield "--config.model.compute_dtype=bfloat16: weights and cache in half the bytes"
+
+
+def _advise_rows(job: Job) -> Iterator[str]:
+    """Of what is computed at once."""
+    train, mesh = job.work.config.train, job.work.mesh.shape
+    shards = mesh["data"] * mesh["fsdp"]
+    counts = range(train.micro_batches + 1, train.batch_rows + 1)
+    if finer := next((n for n in counts if train.batch_rows % (n * shards) == 0), None):
+        yield f"--config.train.micro_batches={finer}: fewer rows at once"
+    elif mesh["seq"] * mesh["tensor"] < 8:
+        divides = job.work.network.shape.num_key_value_heads % (2 * mesh["tensor"]) == 0
+        axes = "mesh.seq or mesh.tensor" if divides else "mesh.seq"
+        yield f"a larger {axes} cuts each row's activations"
+
+
+def _advise_weights(config: Config) -> Iterator[str]:
+    """Of the form that they are held in while a run trains."""
+    if config.model.param_dtype == "float32":
+        yield "--config.model.param_dtype=bfloat16: weights in half the bytes"
+    if not config.lora.rank:
+        yield "--config.lora.rank trains adapters, and the rest has no optimizer's moments"
+    elif config.lora.quantize != "nf4":
+        yield "--config.lora.quantize=nf4: frozen kernels in four bits"
 
 
 def _speed(job: Job, topology: Topology, compiled: dict[str, Any], tokens: float | None) -> Plan:
