@@ -1,12 +1,15 @@
-"""The mesh: which numbers of devices it can be laid over, and what is said of others."""
+"""The mesh: which devices it can be laid over, what it divides, and what is said of the rest."""
 
 import re
+from dataclasses import replace
 
+import jax
 import pytest
 
 from rpo_jax.config import Mesh
 from rpo_jax.errors import UserError
 from rpo_jax.sharding.mesh import is_enough, mesh_sizes, say_wanted
+from tests.tiny import make_config, make_work
 
 
 def test_what_is_left_goes_to_the_free_axis():
@@ -37,3 +40,24 @@ def test_what_is_wanted_is_said(mesh, count, told):
     assert not is_enough(mesh, count)
     with pytest.raises(UserError, match="^" + re.escape(told)):
         mesh_sizes(mesh, count)
+
+
+@pytest.mark.parametrize("attention", ["dense", "blocks"])
+@pytest.mark.parametrize(
+    ("stage", "lengths", "told"),
+    [
+        ("cpt", {"row_length": 25}, "rows of 25 tokens over mesh.seq=2; .* change data.row_length"),
+        (
+            "rpo",
+            {"prompt_length": 13},
+            "rows of 25 tokens over mesh.seq=2; .* change data.prompt_length, data.response_length",
+        ),
+        ("rpo", {"row_sizes": 5}, "rows of 5 tokens over mesh.seq=2; a multiple of 2 is wanted"),
+    ],
+)
+def test_rows_that_the_mesh_does_not_divide_are_refused(attention, stage, lengths, told):
+    mesh = {"data": 1, "seq": 2}
+    whole = make_config(stage, model={"attention": attention}, mesh=mesh)
+    make_work(whole, devices=jax.devices()[:2])
+    with pytest.raises(UserError, match=told):
+        make_work(replace(whole, data=replace(whole.data, **lengths)), devices=jax.devices()[:2])

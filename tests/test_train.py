@@ -385,15 +385,17 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, capsys):
     assert "model.used_vocab_size=400 leaves out ids" in told
 
 
-def test_a_batch_the_mesh_does_not_divide_is_refused(tmp_path, capsys):
+def test_what_the_mesh_does_not_divide_is_refused(tmp_path, capsys):
     told = refuse(capsys, BASE, base_overrides(tmp_path, train__batch_rows=6))
     assert "train.batch_rows=6" in told
     assert "data*fsdp=4 does not divide" in told
     told = refuse(capsys, BASE, base_overrides(tmp_path, mesh__fsdp=3))
     assert "8 are there" in told
     told = refuse(capsys, BASE, base_overrides(tmp_path, mesh__fsdp=1, mesh__tensor=8))
-    assert "'heads'" in told
-    assert "tensor=8 does not divide" in told
+    assert "mesh: layers/attention/q/kernel has 4 along 'heads', which tensor=8 does not" in told
+    told = refuse(capsys, BASE, base_overrides(tmp_path, mesh__seq=2, data__row_length=65))
+    assert "rows of 65 tokens over mesh.seq=2; a multiple of 2 is wanted" in told
+    assert "change data.row_length or mesh.seq" in told
 
 
 def test_a_run_with_another_config_is_not_overwritten(workdir, capsys):

@@ -57,6 +57,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     Outside any mesh, as in a notebook on one device, there is nothing to pin; `train` always sets a
     mesh, and a test counts the constraints in its lowered step.
+
+    An axis that does not divide is padded by the compiler, in silence: right for a few rows or one
+    token at a time, a waste in training, where `make_workload` and `make_shardings` refuse it.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x

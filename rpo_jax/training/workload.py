@@ -76,8 +76,9 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
     """Builds the stage of a config.
 
     Raises:
-        UserError: the rows of a micro-batch do not divide over the mesh, more ids are said to be
-            used than there are, or attention is asked for that the devices or the rows cannot have.
+        UserError: the rows of a micro-batch or the tokens of a row do not divide over the mesh,
+            more ids are said to be used than there are, or attention is asked for that the devices
+            or the rows cannot have.
     """
     used, rows = config.model.used_vocab_size, network.shape.vocab_size
     if used > rows:
@@ -107,8 +108,7 @@ def make_workload(config: Config, network: Network, mesh: Mesh) -> Workload:
         objective = make_rpo_objective(reads, config.rpo, how, config.data.pairs_per_row)
         make_row = partial(pair_row, layout=layout)
         work = Workload(config, network, mesh, objective, hyper, make_row, layout)
-    if config.model.attention.startswith("splash"):
-        _check_splash(work)
+    _check_attention(work)
     return work
 
 
@@ -118,24 +118,28 @@ def _has_slots(config: Config) -> bool:
     return config.model.attention.startswith("splash") and config.rpo.share_prefix and alone
 
 
-def _check_splash(work: Workload) -> None:
-    """Refuses the TPU kernel where it cannot run."""
+def _check_attention(work: Workload) -> None:
+    """Refuses rows that `seq` does not divide, and the TPU kernel where it cannot run."""
     name, mesh = work.config.model.attention, work.mesh
+    is_splash = name.startswith("splash")
     platform = mesh.devices.flat[0].platform
     wanted = "tpu" if name == "splash" else "cpu"
-    if platform != wanted:
+    if is_splash and platform != wanted:
         raise UserError(
             f"model.attention={name!r} runs on {wanted} devices, these are {platform}: choose "
             "dense or blocks, or splash on TPUs"
         )
+    unit = (LANES if is_splash else 1) * mesh.shape["seq"]
+    lengths = "data.row_length"
+    if work.layout is not None:
+        lengths = "data.prompt_length, data.response_length, data.row_sizes"
     cut_to = [size.tokens for size in work.row_sizes]
     for length in cut_to or [example_batch(work)["tokens"].shape[1]]:
-        if length % (LANES * mesh.shape["seq"]):
+        if length % unit:
             raise UserError(
                 f"model.attention={name!r}: rows of {length} tokens over "
-                f"mesh.seq={mesh.shape['seq']}; a multiple of {LANES} on each device is wanted: "
-                "change data.row_length (cpt), or data.prompt_length, data.response_length and "
-                "data.row_sizes (rpo)"
+                f"mesh.seq={mesh.shape['seq']}; a multiple of {unit} is wanted: change {lengths} "
+                "or mesh.seq"
             )
 
 
