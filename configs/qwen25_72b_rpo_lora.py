@@ -10,7 +10,7 @@ from rpo_jax.config import choose, defaults
 
 # Slice -> fsdp, tensor, pairs a step, micro-batches, remat, form of the frozen kernels.
 SLICES = {
-    "v6e:2x2": (1, 4, 16, 16, "full", "nf4"),
+    "v6e:2x2": (4, 1, 16, 4, "full", "nf4"),
     "v5e:2x4": (2, 4, 16, 8, "full", "nf4"),
     "v6e:2x4": (1, 8, 16, 16, "full", ""),
     "v6e:4x8": (8, 4, 16, 2, "full", ""),
