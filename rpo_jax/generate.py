@@ -28,7 +28,7 @@ from rpo_jax.errors import UserError
 from rpo_jax.generation.batching import make_generate
 from rpo_jax.generation.requests import Completion, Request, Settings, check_settings
 from rpo_jax.training.opening import Opened, open_model, take_apart
-from rpo_jax.writing import write_json
+from rpo_jax.writing import hold, write_json
 
 
 def read_requests(path: Path, tokenizer: Tokenizer, settings: Settings, seed: int) -> list[Request]:
@@ -182,7 +182,8 @@ def run(args: argparse.Namespace) -> None:
     mesh = MeshConfig(data=1, fsdp=-1, tensor=args.tensor)
     model = take_apart(open_model(Path(args.checkpoint), mesh, args.dtype, args.step))
     if args.prompts is not None:
-        print(complete_file(model, args.prompts, args.out, settings, args.seed, args.slots))
+        with hold(args.out):
+            print(complete_file(model, args.prompts, args.out, settings, args.seed, args.slots))
         return
     request = Request("", model.tokenizer.encode(args.prompt), _make_seed(args.seed, ""), settings)
     generate = make_generate(

@@ -95,14 +95,20 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
             a config is refused.
     """
     shared = _load(f"{path}: get_config(), before any arm", path, overrides)
-    arms = {
-        name: _load(
-            f"{path}: arm {name}",
-            path,
-            [*(f"--config.{x}={y}" for x, y in changes.items()), *overrides],
-        )
-        for name, changes in cli.load_arms(path).items()
-    }
+    arms = {}
+    for name, changes in cli.load_arms(path).items():
+        own = [f"--config.{field}={value}" for field, value in changes.items()]
+        arms[name] = _load(f"{path}: arm {name}", path, [*own, *overrides])
+        for word in overrides:
+            field, _, value = word.removeprefix("--config.").partition("=")
+            if field in changes and value != str(changes[field]):
+                logging.warning(
+                    "warning: %s holds for %s too, which sets %s: is it still that arm? What only "
+                    "some arms are to have goes into arms()",
+                    word,
+                    name,
+                    changes[field],
+                )
     for field in ("worlds", "seeds"):
         if not getattr(shared.study, field):
             raise UserError(f"study.{field}=(): one at least is wanted")
@@ -299,10 +305,14 @@ def format_arms(compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) 
             cells.append(" / ".join(f"{mean:.0%}" for mean in means))
         table.append([arm, str(found["runs"]), *cells])
     first = next(iter(compared.values()))
+    if any(found[mode]["low"] > found["guessing"] for found in compared.values() for mode in MODES):
+        note = ""
+    else:
+        note = "\n\nno arm is above guessing in either way: nothing follows about explaining"
     return (
         f"{first['questions']:,} test questions, of which guessing gets {first['guessing']:.0%} "
         "right; points of 100, 95 % intervals over questions; difference: explaining first less "
-        f"answering only; gains: less the same of study.start\n\n{format_table(table)}"
+        f"answering only; gains: less the same of study.start\n\n{format_table(table)}{note}"
     )
 
 

@@ -63,7 +63,7 @@ from rpo_jax.training.results import (
     list_measures,
     write_results,
 )
-from rpo_jax.training.run import check_same_run, log_to_file, read_fingerprints
+from rpo_jax.training.run import check_same_run, hold_run, log_to_file, read_fingerprints
 from rpo_jax.training.state import abstract_state, abstract_weights, join_params, start_from
 from rpo_jax.training.together import (
     Policy,
@@ -87,7 +87,10 @@ def main(argv: list[str]) -> None:
     points = read_points(args.config, overrides)
     waiting = [point for point in points if not is_finished(point.config)]
     if args.print:
-        print("\n".join(list_commands(args.config, overrides, waiting)))
+        if not waiting:
+            logging.info("all %d points are finished", len(points))
+        for command in list_commands(args.config, overrides, waiting):
+            print(command)
         return
     logging.info("%d points, %d finished", len(points), len(points) - len(waiting))
     base, configs = cli.load_config(args.config, overrides), [point.config for point in waiting]
@@ -220,6 +223,7 @@ def train_together(sweep: Config, configs: Sequence[Config], at_once: int = 0) -
         works = [build(own) for own in configs]
         inputs = [open_inputs(work) for work in works]
         for own in configs:
+            stack.enter_context(hold_run(own.folder))
             stack.enter_context(log_to_file(own.folder / "log.txt"))
         work, config, records, heldout = works[0], configs[0], inputs[0].records, inputs[0].heldout
         tx = make_optimizer(config.optim)

@@ -34,6 +34,7 @@ from rpo_jax.training.run import (
     check_folder,
     check_vocabulary,
     find_shape,
+    hold_run,
     log_to_file,
     open_run,
     read_fingerprints,
@@ -143,6 +144,7 @@ def train(work: Workload) -> dict[str, Any]:
     tx = make_optimizer(config.optim)
     with (
         jax.set_mesh(mesh),
+        hold_run(folder),
         log_to_file(folder / "log.txt"),
         open_checkpoints(folder, config.checkpoint) as checkpoints,
     ):

@@ -1,6 +1,8 @@
 """Files and folders that are there whole or not at all, on a disk or in a bucket (`gs://`)."""
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
@@ -13,6 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
+
+from rpo_jax.errors import UserError
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -36,6 +42,30 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Keeps other processes away from what is written bit by bit, while the context is open.
+
+    By an advisory lock on a hidden file beside it, which a kill undoes too. Where a file system
+    has no locks, as some mounted buckets, nobody is kept away.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{path}: another process is writing it; wait until that has ended, or stop it"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

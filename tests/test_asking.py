@@ -135,6 +135,21 @@ ask_all(Path({str(tmp_path)!r}), asks, answer, lambda a, r: print(a.question.id,
     assert stored[: len(counted)] == counted
 
 
+def test_two_processes_do_not_answer_the_same_questions(tmp_path, exam):
+    """The second is refused, and what the first wrote is whole."""
+    directory, questions = exam
+    open_sitting(tmp_path, plan_sitting(directory, questions))
+    asks = make_asks(questions[:5], seeds=(0,))
+
+    def answer(asked: Sequence[Ask]) -> Iterator[tuple[Ask, Response]]:
+        with pytest.raises(UserError, match="another process is writing it"):
+            ask_all(tmp_path, asks, Model())
+        yield from Model()(asked)
+
+    ask_all(tmp_path, asks, answer)
+    assert sum(len(read_answers(tmp_path, mode, 0)) for mode in MODES) == len(asks) == 10
+
+
 def test_another_sitting_in_the_folder_is_refused(tmp_path, exam):
     directory, questions = exam
     sitting = plan_sitting(directory, questions)

@@ -169,6 +169,12 @@ def test_what_is_no_study_is_refused(tmp_path, body, told):
         read(tmp_path, body)
 
 
+def test_an_override_of_what_an_arm_sets_is_told(tmp_path, caplog):
+    read(tmp_path, ARMS, "--config.rpo.alpha=0.5", "--config.rpo.beta=0.5", "--config.name=s")
+    (told,) = [line for line in caplog.messages if "holds for" in line]
+    assert told.startswith("warning: --config.rpo.alpha=0.5 holds for dpo too, which sets 0.0:")
+
+
 def test_the_arm_that_others_are_compared_with_is_one_of_them(tmp_path):
     with pytest.raises(UserError, match=r"study\.start='rpo' is none of base, cpt, dpo"):
         read(tmp_path, ARMS, "--config.study.start=rpo")
@@ -289,6 +295,10 @@ def test_tables_and_figure_tell_of_all_arms(questions, tmp_path):
     assert "40 test questions" in told
     (line,) = [line for line in told.splitlines() if line.startswith("cpt")]
     assert "60.0%" in line and "30.0%" in line and "-30.0 (" in line and "100% / 100%" in line
+    assert "no arm is above guessing" not in told
+    for found in compared.values():
+        found["guessing"] = 1.0
+    assert "no arm is above guessing in either way" in study.format_arms(compared, rows)
     assert "ABC" in study.format_sections(compared)
     (line,) = [x for x in study.format_kinds(compared).splitlines() if x.startswith("rpo")]
     assert line.count(" / ") == len(compared["cpt"]["kinds"])

@@ -1,12 +1,17 @@
 """What is written is there whole or not at all."""
 
 import errno
+import fcntl
 import resource
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from rpo_jax.writing import draft_folder, open_whole, write_array, write_json, write_whole
+from rpo_jax.errors import UserError
+from rpo_jax.writing import draft_folder, hold, open_whole, write_array, write_json, write_whole
 
 
 @pytest.fixture
@@ -60,3 +65,44 @@ def test_a_folder_that_fails_is_not_there(tmp_path):
         write_whole(tmp_path / "beside", b"")
         (tmp_path / "a" / "folder" / "other").mkdir(parents=True)  # somebody was faster
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["folder", "other"]
+
+
+def test_what_one_process_writes_another_does_not(tmp_path):
+    """Until the first has ended, also by a kill."""
+    path = tmp_path / "new" / "answers.jsonl"
+    code = f"""if True:
+        import pathlib, time
+        from rpo_jax.writing import hold
+        with hold(pathlib.Path({str(path)!r})):
+            print("held", flush=True)
+            time.sleep(600)
+    """
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    with (
+        pytest.raises(UserError, match=r"answers\.jsonl: another process is writing it"),
+        hold(path),
+    ):
+        pass
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    with hold(path), hold(path.with_name("others.jsonl")):
+        pass
+    with hold(path):  # once more
+        pass
+
+
+def test_where_there_are_no_locks_nobody_is_kept_away(tmp_path, monkeypatch):
+    def refuse(number):
+        def flock(file, how):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(errno.ENOTSUP)
+    with hold(tmp_path / "x"):
+        pass
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="no"), hold(tmp_path / "x"):
+        pass

@@ -24,7 +24,7 @@ from rpo_jax.exams.exam import Exam
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.prompts import FORMATS, PromptFormat
 from rpo_jax.exams.responses import Response, parse_response, to_record
-from rpo_jax.writing import write_json
+from rpo_jax.writing import hold, write_json
 
 ANSWER_ONLY, EXPLAIN_FIRST = MODES
 _RESPONSES = "responses"
@@ -237,8 +237,22 @@ def ask_all(
         answer: puts questions of one mode to the model.
         answered: is told of each answer, those that were there already first.
         share: of them that is asked here, and that `answered` is told of; default: all.
+
+    Raises:
+        UserError: another process is asking the same share.
     """
     share = share or Share()
+    with hold(folder / _RESPONSES / share.name_file("all", 0)):
+        _ask_rest(folder, asks, answer, answered, share)
+
+
+def _ask_rest(
+    folder: Path,
+    asks: Sequence[Ask],
+    answer: Answer,
+    answered: Callable[[Ask, Response], None],
+    share: Share,
+) -> None:
     left: dict[str, list[Ask]] = {}
     stored = {}
     for mode, seed in dict.fromkeys((ask.mode, ask.seed) for ask in asks):

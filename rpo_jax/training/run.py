@@ -22,7 +22,7 @@ from rpo_jax.model.shape import ModelShape, load_shape, shape_to_hf
 from rpo_jax.training.checkpoint import has_checkpoint, has_steps
 from rpo_jax.training.origin import NOTE, note_adapters
 from rpo_jax.weights.store import RUN_FILE, place_checkpoints
-from rpo_jax.writing import write_json
+from rpo_jax.writing import hold, write_json
 
 # What a run may go on with: none of these changes its numbers (beyond float rounding).
 _FREE = (
@@ -256,6 +256,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def hold_run(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps a second process from training the run of a folder; on process 0.
+
+    Raises:
+        UserError: as the context opens, if another one does.
+    """
+    return hold(folder / RUN_FILE) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
