@@ -138,6 +138,7 @@ def count_gathered(work, count):
     return sum(t.output_bytes * t.times for t in transfers if t.kind == "all-gather")
 
 
+@pytest.mark.full
 def test_policies_together_gather_the_base_once():
     """Cut over eight devices, the frozen weights travel for all policies as they do for one."""
     config = dataclasses.replace(make_config("rpo"), mesh=Mesh(fsdp=8))
@@ -342,6 +343,7 @@ def test_losses_that_measure_different_things_share_a_table(tmp_path):
     }
 
 
+@pytest.mark.full
 def test_points_that_differ_in_numbers_alone_are_compiled_once(monkeypatch):
     """The cache of a sweep holds one step for all its points, another one for another program."""
     monkeypatch.delenv("XLA_FLAGS")  # where several CPU devices are asked for there is no cache
