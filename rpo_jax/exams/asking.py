@@ -242,7 +242,7 @@ def ask_all(
         UserError: another process is asking the same share.
     """
     share = share or Share()
-    with hold(folder / _RESPONSES / share.name_file("all", 0)):
+    with hold(folder / share.name_file("asking", 0)):
         _ask_rest(folder, asks, answer, answered, share)
 
 
