@@ -16,7 +16,7 @@ from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
 from rpo_jax.exams.fictional.anatomy import take_apart
 from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.scoring import Mark, measure_rates
-from rpo_jax.exams.statistics import bootstrap_sum, mcnemar
+from rpo_jax.exams.statistics import CONFIDENCE, bootstrap_sum, mcnemar
 
 RATES = ("parse", "stop")
 GAINS = ("explain_first_gain", "difference_gain")  # less the same of the arm compared with
@@ -92,7 +92,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             "runs": len(own),
             "questions": len(change_Q),
             "guessing": float(np.mean([guess_share(question) for question in asked_Q])),
-            **{name: estimate(values_Q) for name, values_Q in measures.items()},
+            **_estimate_all(measures),
             "sections": _estimate_each(measures, parts_Q),
             "kinds": _estimate_each(measures, [question.category for question in asked_Q]),
             **_take_explanations_apart(own),
@@ -114,11 +114,29 @@ def guess_share(question: Question) -> float:
     return 1 / math.comb(len(question.choices), len(question.accepted[0]))
 
 
-def estimate(values_Q: np.ndarray) -> dict[str, float]:
-    """The mean over questions with its bootstrap interval."""
-    count = len(values_Q)
+def estimate(values_Q: np.ndarray, least: float = -1.0) -> dict[str, float]:
+    """The mean over questions with its bootstrap interval.
+
+    Where all values are the same a bootstrap has nothing to draw. Then the interval reaches as far
+    as other values could be the share of questions, and of so many none show it in one of 40 cases.
+
+    Args:
+        values_Q: of each question, from `least` to 1.
+        least: 0 of an accuracy, -1 of a difference.
+    """
+    count, value = len(values_Q), float(values_Q.mean())
+    if np.ptp(values_Q) == 0:
+        unseen = 1 - ((1 - CONFIDENCE) / 2) ** (1 / count)
+        return {"value": value, "low": max(value - unseen, least), "high": min(value + unseen, 1.0)}
     low, high = bootstrap_sum(values_Q)
-    return {"value": float(values_Q.mean()), "low": low / count, "high": high / count}
+    return {"value": value, "low": low / count, "high": high / count}
+
+
+def _estimate_all(measures: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {
+        name: estimate(values_Q, 0.0 if name in MODES else -1.0)
+        for name, values_Q in measures.items()
+    }
 
 
 def _estimate_each(
@@ -127,7 +145,7 @@ def _estimate_each(
     """Estimates over the questions of each name, by name."""
     places = {name: np.array(names_Q) == name for name in sorted(set(names_Q))}
     return {
-        name: {measure: estimate(values_Q[here]) for measure, values_Q in measures.items()}
+        name: _estimate_all({measure: values_Q[here] for measure, values_Q in measures.items()})
         for name, here in places.items()
     }
 
