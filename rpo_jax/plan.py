@@ -35,7 +35,6 @@ def main(
     topology: str = "",
     program: str = "",
     tokens: str = "",
-    meshes: str = "",
     json: str = "",
     search: bool = False,
 ) -> None:
@@ -47,7 +46,6 @@ def main(
         raise UserError("--topology is wanted: v6e:8x8, '2*v6e:16x16', h100:8; several with commas")
     jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere
     length = _number("tokens", tokens) if tokens else None
-    count = _number("meshes", meshes or "4")
     slices, programs = topology.split(","), _programs(program)
     opened = [open_topology(name) for name in slices]  # before anything is compiled
     if not search:
@@ -59,7 +57,7 @@ def main(
     plans: list[Plan] = []
     for slice_ in slices:
         if search:
-            plans += (found := find(config, slice_, length, count))
+            plans += (found := find(config, slice_, length))
             print(format_search(found), end="\n\n")
         for name in [] if search else programs:
             plans.append(plan(config, slice_, name, length))
@@ -90,11 +88,11 @@ def plan(config: Config, topology: str, program: str = "step", tokens: float | N
     )
 
 
-def find(config: Config, topology: str, tokens: float | None, meshes: float) -> list[Plan]:
+def find(config: Config, topology: str, tokens: float | None) -> list[Plan]:
     """Plans of a run's step in other layouts on one topology; see `training.search.search`."""
     opened = open_topology(topology)
     cache = Path(config.workdir) / "plans"
-    return search_layouts(config, _shape(config), opened, cache, tokens, int(meshes))
+    return search_layouts(config, _shape(config), opened, cache, tokens)
 
 
 def _shape(config: Config) -> ModelShape:
@@ -216,7 +214,6 @@ if __name__ == "__main__":
             "program": f"of the run, with commas between: {', '.join(PROGRAMS)}; step unless said",
             "tokens": "whose cost is told; those of the config's run, train.steps of full rows, "
             "unless said",
-            "meshes": "that a search compiles for; 4 unless said",
             "json": "file to write the plans to as well",
         },
     )

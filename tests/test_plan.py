@@ -233,7 +233,6 @@ def test_two_slices_are_compiled_as_one_run(tmp_path):
     [
         ({"program": "train"}, "--program=train: train is none of step, reference, decode"),
         ({"tokens": "many"}, "--tokens=many: a number is wanted"),
-        ({"meshes": "0"}, "--meshes=0: must be at least 1"),
         ({"search": True, "program": "step,decode"}, "training step: leave out --program=step,dec"),
     ],
     ids=str,
@@ -245,7 +244,7 @@ def test_what_is_no_option_is_refused(option, told):
 
 @pytest.mark.full
 def test_a_search_ranks_what_fits_and_does_not_compile_twice(tmp_path):
-    found = search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=2)
+    found = search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9)
     seconds = [plan["seconds"]["step"] for plan in found]
     assert seconds == sorted(seconds)
     # Two rows: at most two devices share them out.
@@ -253,7 +252,7 @@ def test_a_search_ranks_what_fits_and_does_not_compile_twice(tmp_path):
     assert len(meshes) == 2 and all(dict(mesh).get("fsdp", 1) <= 2 for mesh in meshes)
     assert {plan["remat"] for plan in found} == {"full", "dots"}
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=2) == found
+    assert search(small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9) == found
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stored
     assert command.format_search(found).count("tokens/s/chip") == len(found)
 
@@ -263,7 +262,42 @@ def test_a_search_with_no_place_to_look_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no mesh divides train.batch_rows=3"):
         odd = small_run(train={"batch_rows": 3, "micro_batches": 1})
         shape = dataclasses.replace(WIDE, num_key_value_heads=1)
-        search(odd, shape, open_topology("v6e:4x4"), tmp_path, 1e9, meshes=1)
+        search(odd, shape, open_topology("v6e:4x4"), tmp_path, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("room", "layouts"),
+    [
+        (1024, {(1, 1, 1), (2, 1, 2)}),
+        (512, {(1, 1, 2), (2, 1, 4)}),
+        (256, {(1, 2, 4), (2, 2, 8)}),  # half a row is the most that a chip can take
+    ],
+)
+def test_a_search_finds_the_smallest_seq_and_the_fewest_micro_batches(
+    room, layouts, tmp_path, monkeypatch
+):
+    """16 rows of 512 tokens, eight chips with room for so many at once: tensor, seq, cuts."""
+    tried = []
+
+    def fill(program, config, shape, topology, cache, tokens):
+        mesh, count = config.mesh, config.train.micro_batches
+        tried.append((mesh.tensor, mesh.seq, count))
+        assert mesh.tensor * mesh.seq * mesh.fsdp == 8
+        fits = 16 * 512 / (mesh.fsdp * mesh.seq * count) <= room
+        sizes = {"total": topology.chip.hbm_bytes / 1e9, "chip": 33.55}  # none for other policies
+        speed = {"seconds": {"step": count}, "tokens_per_s_per_chip": 1.0, "mfu": 0.5}
+        layout = {"mesh": dataclasses.asdict(mesh), "micro_batches": count, "remat": "full"}
+        return {"fits": fits, "hbm_gb": sizes, **layout, **speed}
+
+    monkeypatch.setattr("rpo_jax.training.search.plan_program", fill)
+    rows = {"train": {"batch_rows": 16}, "data": {"prompt_length": 384, "response_length": 64}}
+    found = search(small_run(**rows), WIDE, open_topology("v6e:2x4"), tmp_path, 1e9)
+    assert len(set(tried)) == len(tried) == len(found), "nothing is compiled twice"
+    fewest: dict[tuple[int, int], int] = {}
+    for plan in (plan for plan in found if plan["fits"]):
+        mesh, count = (plan["mesh"]["tensor"], plan["mesh"]["seq"]), plan["micro_batches"]
+        fewest[mesh] = min(count, fewest.get(mesh, count))
+    assert {(*mesh, count) for mesh, count in fewest.items()} == layouts
 
 
 def test_a_search_passes_over_what_the_compiler_fails_on(tmp_path, monkeypatch, caplog):
@@ -276,7 +310,7 @@ def test_a_search_passes_over_what_the_compiler_fails_on(tmp_path, monkeypatch, 
         return {"fits": True, "mesh": mesh, **sizes, **speed}
 
     monkeypatch.setattr("rpo_jax.training.search.plan_program", fail)
-    look = partial(search, small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9, meshes=9)
+    look = partial(search, small_run(), WIDE, open_topology("v6e:2x2"), tmp_path, 1e9)
     broken = 2
     assert {plan["mesh"]["tensor"] for plan in look()} == {1}
     assert "tensor 2: the compiler failed: INTERNAL: Mosaic" in caplog.text
@@ -307,14 +341,15 @@ def test_a_search_tries_what_the_room_is_for(room, policies, tmp_path, monkeypat
     tried = []
 
     def fill(program, config, shape, topology, cache, tokens):
-        tried.append(config.model.remat)
+        if config.train.micro_batches == 1:
+            tried.append(config.model.remat)
         sizes = {"total": (topology.chip.hbm_bytes - room) / 1e9, "chip": 33.55}
         speed = {"seconds": {"step": 1.0}, "tokens_per_s_per_chip": 1.0, "mfu": 0.5}
-        layout = {"mesh": {}, "micro_batches": 1, "remat": tried[-1]}
+        layout = {"mesh": {}, "micro_batches": 1, "remat": config.model.remat}
         return {"fits": True, "hbm_gb": sizes, **layout, **speed}
 
     monkeypatch.setattr("rpo_jax.training.search.plan_program", fill)
-    search(small_run(), WIDE, topology, tmp_path, 1e9, meshes=1)
+    search(small_run(), WIDE, topology, tmp_path, 1e9)
     assert tried == policies
 
 

@@ -1,6 +1,7 @@
 """Figures of sweeps and studies: heat maps, curves, log-ratios over training, arms side by side."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rpo_jax.training.measures import explain_measure
 from rpo_jax.training.results import Mean, Point, Row, average, list_measures
 from rpo_jax.training.run import read_metrics
 from rpo_jax.writing import open_whole
@@ -40,7 +42,7 @@ def draw_maps(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
             panel.text(*place, _label(mean), ha="center", va="center", color=ink, fontsize=8)
         panel.set_xticks(range(len(across)), [f"{x:g}" for x in across])
         panel.set_yticks(range(len(up)), [f"{y:g}" for y in up])
-        _name(panel, first, second, name)
+        _name(panel, first, second, _with_unit(name))
     return _save(figure, path)
 
 
@@ -60,7 +62,7 @@ def draw_curves(path: Path, rows: Sequence[Row], axes: Sequence[str]) -> Path:
             bars = None if all(map(math.isnan, halves)) else halves
             text = f"{_short(others[0])} {line[0]:g}" if others else None
             panel.errorbar(x, y, yerr=bars, label=text, marker="o", markersize=4, capsize=3)
-        _name(panel, first, name, "")
+        _name(panel, first, _with_unit(name), "")
         if others:
             panel.legend(fontsize=8)
     return _save(figure, path)
@@ -159,6 +161,10 @@ def _name(panel: Axes, x: str, y: str, title: str) -> None:
 
 def _short(name: str) -> str:
     return name.rsplit(".", 1)[-1].replace("_", " ")
+
+
+def _with_unit(name: str) -> str:
+    return f"{name}, {re.split(r' ?[:;,(]', explain_measure(name))[0]}"
 
 
 def _label(mean: Mean) -> str:

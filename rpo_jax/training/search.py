@@ -1,8 +1,10 @@
 """Which layout of a run on a slice is best: meshes, micro-batches, remat policies, compiled."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from rpo_jax.sharding.topology import Topology
 from rpo_jax.training.estimate import Plan, local_bytes, plan_program
 from rpo_jax.training.programs import Job, make_job
 
+_TENSOR = (1, 2, 4, 8)
 _SEQ = (1, 2, 4)
 
 
@@ -25,14 +28,14 @@ def search(
     topology: Topology,
     cache: Path,
     tokens: float | None,
-    meshes: int,
 ) -> list[Plan]:
     """Plans of the training step in several layouts: those that fit, the fastest first; the rest.
 
-    The rows of a step stay what the config says. `data` joins slices and is 1 in each; `tensor` is
-    at most the kv heads. Meshes are ordered by how little they have to send, and those whose state
-    alone is too large are left out. On each the fewest micro-batches that fit are found under the
-    policy that keeps least, then the policy that keeps most and still fits.
+    The rows of a step stay what the config says. `data` joins slices and is 1 in each. Every size
+    of `tensor` up to the kv heads is tried, that which has least to send first, each with the
+    smallest `seq` that fits: a larger one sends keys and values on top, and is for rows that are
+    too long, or too few. On a mesh the fewest micro-batches that fit are found under the policy
+    that keeps least, then the policy that keeps most and still fits.
 
     Args:
         config: of the run; its mesh, micro-batches and remat policy are what is looked for.
@@ -40,29 +43,36 @@ def search(
         topology: chips to compile for.
         cache: of compiled programs: a search that was stopped goes on where it was.
         tokens: whose cost is told; None: those of the run.
-        meshes: how many are compiled for.
 
     Raises:
         UserError: no mesh holds the state, or divides the rows; or the compiler fails on all.
     """
-    jobs = list(_candidates(config, shape, topology))
-    if not jobs:
+    sizes = [list(jobs) for _, jobs in groupby(_candidates(config, shape, topology), _tensor)]
+    if not sizes:
         raise UserError(
             f"{topology.name}: no mesh divides train.batch_rows={config.train.batch_rows} and has "
             "room for weights and optimizer: more chips, other batch_rows, or adapters"
         )
-    jobs.sort(key=lambda job: _sent_bytes(job, topology))
-    found, failure = [], None
-    for number, job in enumerate(jobs[:meshes], 1):
-        sizes = name_mesh(asdict(job.work.config.mesh))
-        logging.info("mesh %d of %d (%d are possible): %s", number, meshes, len(jobs), sizes)
-        try:
-            for plan in _climb(job, shape, topology, cache, tokens):
-                logging.info("  %s", format_line(plan))
-                found.append(plan)
-        except jax.errors.JaxRuntimeError as error:  # of one program; the others are worth a look
-            logging.warning("warning: %s: the compiler failed: %s", sizes, str(error)[:500])
-            failure = error
+    sizes.sort(key=lambda jobs: _sent_bytes(jobs[0]))
+    found: list[Plan] = []
+    failure = None
+
+    def plan(tried: Config) -> Plan:
+        found.append(plan_program("step", tried, shape, topology, cache, tokens))
+        logging.info("  %s", format_line(found[-1]))
+        return found[-1]
+
+    for number, jobs in enumerate(sizes, 1):
+        for job in jobs:
+            mesh, before = name_mesh(asdict(job.work.config.mesh)), len(found)
+            logging.info("size %d of %d of tensor: %s", number, len(sizes), mesh)
+            try:
+                _climb(job, topology, plan)
+            except jax.errors.JaxRuntimeError as error:  # of one program; others are worth a look
+                logging.warning("warning: %s: the compiler failed: %s", mesh, str(error)[:500])
+                failure = error
+            if any(one["fits"] for one in found[before:]):
+                break
     if not found:
         raise UserError(f"{topology.name}: the compiler failed on every mesh: {failure}")
     return sorted(found, key=lambda plan: plan["seconds"]["step"] if plan["fits"] else float("inf"))
@@ -92,8 +102,8 @@ def _candidates(config: Config, shape: ModelShape, topology: Topology) -> Iterat
     """A step for each mesh, with the fewest micro-batches, that may be compiled."""
     each = len(topology.devices) // topology.slices
     limit = topology.chip.hbm_bytes / topology.chip.devices
-    for seq in _SEQ:
-        for tensor in (n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0):
+    for tensor in (n for n in _TENSOR if shape.num_key_value_heads % n == 0):
+        for seq in _SEQ:
             if each % (seq * tensor):
                 continue
             mesh = MeshConfig(
@@ -113,37 +123,29 @@ def _candidates(config: Config, shape: ModelShape, topology: Topology) -> Iterat
                 yield job
 
 
-def _climb(
-    job: Job, shape: ModelShape, topology: Topology, cache: Path, tokens: float | None
-) -> Iterator[Plan]:
-    """Plans on one mesh until one fits, and then with as much kept as fits."""
-    config, mesh = job.work.config, job.work.mesh
-    rows = config.train.batch_rows
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def _climb(job: Job, topology: Topology, plan: Callable[[Config], Plan]) -> None:
+    """Plans on one mesh: the fewest micro-batches that fit, then with as much kept as fits."""
+    config, mesh, shape = job.work.config, job.work.mesh.shape, job.work.network.shape
+    rows, shards = config.train.batch_rows, mesh["data"] * mesh["fsdp"]
 
-    def plan(micro_batches: int, remat: str) -> Plan:
-        tried = replace(
-            config,
-            train=replace(config.train, micro_batches=micro_batches),
-            model=replace(config.model, remat=remat),
-        )
-        return plan_program("step", tried, shape, topology, cache, tokens)
+    def cut(micro_batches: int) -> Plan:
+        return plan(replace(config, train=replace(config.train, micro_batches=micro_batches)))
 
-    for count in (n for n in range(1, rows + 1) if rows % (n * shards) == 0):
-        least = plan(count, REMAT[0])
-        yield least
-        if least["fits"]:
-            break
-    else:
+    *fewer, most = (n for n in range(1, rows + 1) if rows % (n * shards) == 0)
+    plans = {most: cut(most)}
+    if not plans[most]["fits"]:
         return
+    first = bisect_left(fewer, True, key=lambda n: plans.setdefault(n, cut(n))["fits"])
+    count = [*fewer, most][first]
+    least = plans[count]
     room = (topology.chip.hbm_bytes - least["hbm_gb"]["total"] * 1e9) / topology.chip.devices
-    tokens_here = job.tokens / count / (shards * mesh.shape["seq"])
+    tokens_here = job.tokens / count / (shards * mesh["seq"])
+    train = replace(config.train, micro_batches=count)
     for remat in reversed(REMAT[1:]):
-        kept = kept_width(shape, remat) * tokens_here / mesh.shape["tensor"] * _bytes(config)
+        kept = kept_width(shape, remat) * tokens_here / mesh["tensor"] * _bytes(config)
         if kept < room:
-            more = plan(count, remat)
-            yield more
-            if more["fits"]:
+            more = replace(config, train=train, model=replace(config.model, remat=remat))
+            if plan(more)["fits"]:
                 return
 
 
@@ -151,14 +153,20 @@ def _bytes(config: Config) -> int:
     return 2 if config.model.compute_dtype == "bfloat16" else 4
 
 
-def _sent_bytes(job: Job, topology: Topology) -> float:
-    """About what a device receives in a step: weights over fsdp * seq, activations over tensor."""
-    mesh = job.work.mesh.shape
-    shape = job.work.network.shape
-    width = _bytes(job.work.config)
-    weights = job.holds["weights"]
-    count = sum(leaf.size for leaf in jax.tree.leaves(weights)) / mesh["tensor"]
-    gathered = 3 * width * count * (1 - 1 / (mesh["fsdp"] * mesh["seq"]))
+def _tensor(job: Job) -> int:
+    return job.work.config.mesh.tensor
+
+
+def _sent_bytes(job: Job) -> float:
+    """About what a device receives in a step: weights over fsdp * seq, activations over tensor.
+
+    Trained weights are gathered for both passes and their gradients scattered, frozen ones are
+    gathered as they are stored; how often micro-batches do so again is not known yet.
+    """
+    mesh, shape, width = job.work.mesh.shape, job.work.network.shape, _bytes(job.work.config)
+    trained, frozen = job.holds["weights"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained)) / job.work.mesh.size
+    gathered = (3 * width * count + 2 * local_bytes(frozen)) * (mesh["fsdp"] * mesh["seq"] - 1)
     here = job.tokens / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
     activations = here * shape.hidden_size * width * shape.num_hidden_layers
     return gathered + 3 * 4 * activations * (1 - 1 / mesh["tensor"])

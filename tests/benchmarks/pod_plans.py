@@ -40,7 +40,6 @@ OTHERS = [
     ("configs/qwen25_72b_rpo.py:v5p:4x4x4", "v5p:4x4x4", "reference"),
     ("configs/qwen25_72b_rpo_lora.py:v6e:2x4", "v6e:2x4", "decode"),
 ]
-MESHES = 3  # that a search compiles for
 SEARCHES = [(path, slice_, "step") for path, slice_ in PODS]
 LINES = [(path, slice_, "step") for path, slice_ in PODS + MID] + OTHERS
 
@@ -107,7 +106,7 @@ def search_line(path: str, slice_: str, cache: Path) -> dict[str, Any]:
     """What a search finds: by which compiler, and the layouts and what they take, best first."""
     config = load_config(path)
     shape = load_shape(config.model.shape)
-    plans = search(config, shape, open_topology(slice_), cache, 1e9, MESHES)
+    plans = search(config, shape, open_topology(slice_), cache, 1e9)
     names = (
         *("mesh", "micro_batches", "remat", "digest"),
         *("fits", "hbm_gb", "seconds", "tokens_per_s_per_chip"),
@@ -143,9 +142,9 @@ def format_found(key: str, found: dict[str, Any], plan: dict[str, Any]) -> str:
 SEARCHED = """
 ## What the search finds
 
-`python tests/benchmarks/pod_plans.py --search`: up to {meshes} meshes for each config of the 72B,
-on each the fewest micro-batches that fit and the policies that keep more; the last column is the
-committed layout's time over the best one's. {told}
+`python tests/benchmarks/pod_plans.py --search`: every size of `tensor` with the smallest `seq` that
+fits, on each mesh the fewest micro-batches that fit and the policies that keep more; the last
+column is the committed layout's time over the best one's. {told}
 
 | config | compiled | best | a step | committed | a step, against the best |
 |---|---|---|---|---|---|
@@ -176,7 +175,7 @@ def write_table(figures: dict[str, Any]) -> None:
     ]
     if found:
         told = f"{len(found)} of {len(SEARCHES)} configs have been searched."
-        text += SEARCHED.format(meshes=MESHES, told=told) + "\n".join(found) + "\n"
+        text += SEARCHED.format(told=told) + "\n".join(found) + "\n"
     TABLE.write_text(text, "utf-8")
 
 
