@@ -184,6 +184,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return parse(load_config, ["", f"--config={path}", *overrides], {}, {})[0]
 
 
+def as_flags(changes: Mapping[str, Any]) -> list[str]:
+    """Values by the dotted names of their fields, as words of a command line."""
+    return [f"--config.{name}={value}" for name, value in changes.items()]
+
+
 def load_sweep(path: str) -> list[dict[str, Any]]:
     """The points of a config file's `sweep()`: dicts of dotted overrides.
 

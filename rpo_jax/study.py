@@ -97,8 +97,7 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
     shared = _load(f"{path}: get_config(), before any arm", path, overrides)
     arms = {}
     for name, changes in cli.load_arms(path).items():
-        own = [f"--config.{field}={value}" for field, value in changes.items()]
-        arms[name] = _load(f"{path}: arm {name}", path, [*own, *overrides])
+        arms[name] = _load(f"{path}: arm {name}", path, [*cli.as_flags(changes), *overrides])
         for word in overrides:
             field, _, value = word.removeprefix("--config.").partition("=")
             if field in changes and value != str(changes[field]):

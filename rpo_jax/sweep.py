@@ -120,7 +120,7 @@ def read_points(path: str, overrides: Sequence[str]) -> list[Point]:
     points = []
     for changes in cli.load_sweep(path):
         name = f"{base.name}-{_name_point(changes)}"
-        config = cli.load_config(path, [*overrides, *_as_flags({**changes, "name": name})])
+        config = cli.load_config(path, [*overrides, *cli.as_flags({**changes, "name": name})])
         points.append(Point(changes, config))
     names = [point.config.name for point in points]
     if len(set(names)) < len(names):
@@ -141,10 +141,6 @@ def _end(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _as_flags(changes: Mapping[str, Any]) -> list[str]:
-    return [f"--config.{name}={value}" for name, value in changes.items()]
-
-
 def is_finished(config: Config) -> bool:
     """Whether a point's run has its summary.
 
@@ -163,7 +159,7 @@ def list_commands(path: str, overrides: Sequence[str], points: Sequence[Point]) 
         shlex.join(
             [
                 *("python", "-m", "rpo_jax.train", f"--config={path}", *overrides),
-                *_as_flags({**point.overrides, "name": point.config.name}),
+                *cli.as_flags({**point.overrides, "name": point.config.name}),
             ]
         )
         for point in points
@@ -312,11 +308,12 @@ def report(folder: Path, points: Sequence[Point]) -> str:
     shown = list_measures(rows)
     means = {name: average(rows, axes, name) for name in shown}
     table = [[*map(_end, axes), "seeds", *shown]]
-    for key, own in group(rows, axes).items():
+    groups = group(rows, axes)
+    for key, own in groups.items():
         cells = [str(means[name].get(key, "-")) for name in shown]
         table.append([*map(str, key), str(len(own)), *cells])
     head = f"{folder.name}: {len(rows)} of {len(points)} points, held out, after training; "
-    several = any(len(own) > 1 for own in group(rows, axes).values())
+    several = any(len(own) > 1 for own in groups.values())
     head += "mean ± half of its 95 % interval over seeds" if several else "one seed: no intervals"
     legend = [f"{name}: {explain_measure(name)}" for name in shown]
     return "\n".join([head, "", format_table(table), "", *legend, "", *map(str, paths)])

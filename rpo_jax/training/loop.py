@@ -78,7 +78,7 @@ def run_steps(
         """Logs what is due of the state; returns the scores by which it may be the best."""
         scores: dict[str, float] = {}
         for one in looks:
-            due = done in (0, train.steps) or _is_due(done, one.every_steps)
+            due = done in (0, train.steps) or is_due(done, one.every_steps)
             if not due or log.has(done, one.logged):
                 continue
             found = one.measure(join_params(state.params, frozen), done)
@@ -108,9 +108,9 @@ def run_steps(
                 stop.append(signal.SIGTERM)
             stops = bool(stop)  # a signal from here on waits for the next step
             last = done == train.steps
-            save = last or stops or _is_due(done, config.checkpoint.save_every_steps)
-            looks_due = any(_is_due(done, one.every_steps) for one in looks)
-            if save or looks_due or _is_due(done, train.log_every_steps):
+            save = last or stops or is_due(done, config.checkpoint.save_every_steps)
+            looks_due = any(is_due(done, one.every_steps) for one in looks)
+            if save or looks_due or is_due(done, train.log_every_steps):
                 newest = _flush(pending, log, meter, watch)
                 bar.set_postfix({k: f"{newest[k]:.4g}" for k in ("loss", "tokens_per_s")})
                 if bar.disable:
@@ -127,7 +127,8 @@ def run_steps(
     return state
 
 
-def _is_due(step: int, every_steps: int) -> bool:
+def is_due(step: int, every_steps: int) -> bool:
+    """Whether a step is one of every so many; 0 steps are never."""
     return every_steps > 0 and step % every_steps == 0
 
 

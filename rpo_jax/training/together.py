@@ -29,7 +29,7 @@ from rpo_jax.sharding.mesh import compiler_options
 from rpo_jax.sharding.rules import batch_sharding, replicated
 from rpo_jax.training.checkpoint import save_state
 from rpo_jax.training.diagnostics import Watch
-from rpo_jax.training.loop import catch_signals, heldout_names
+from rpo_jax.training.loop import catch_signals, heldout_names, is_due
 from rpo_jax.training.metrics import MetricLog
 from rpo_jax.training.objective import Batch, Hyper
 from rpo_jax.training.run import digest_settings, list_changes
@@ -248,8 +248,7 @@ def run_together(
         pending.clear()
 
     def look() -> None:
-        every = train.eval_every_steps
-        if done not in (0, train.steps) and (not every or done % every):
+        if done not in (0, train.steps) and not is_due(done, train.eval_every_steps):
             return
         for number in going_on():
             if policies[number].log.has(done, "heldout/loss"):
@@ -284,9 +283,9 @@ def run_together(
             pending.append((done, metrics))
             stops = bool(stop)  # a signal from here on waits for the next step
             last = done == train.steps
-            save = last or stops or done % config.checkpoint.save_every_steps == 0
-            looks = train.eval_every_steps and done % train.eval_every_steps == 0
-            if save or looks or done % train.log_every_steps == 0:
+            save = last or stops or is_due(done, config.checkpoint.save_every_steps)
+            looks = is_due(done, train.eval_every_steps)
+            if save or looks or is_due(done, train.log_every_steps):
                 flush()
                 if bar.disable:
                     logging.info("step %d/%d of %d policies", done, train.steps, len(policies))
