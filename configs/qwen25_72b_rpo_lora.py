@@ -12,8 +12,8 @@ from rpo_jax.config import choose, defaults
 SLICES = {
     "v6e:2x2": (4, 1, 16, 4, "full", "nf4"),
     "v5e:2x4": (2, 4, 16, 8, "full", "nf4"),
-    "v6e:2x4": (1, 8, 16, 16, "full", ""),
-    "v6e:4x8": (8, 4, 16, 2, "full", ""),
+    "v6e:2x4": (4, 2, 16, 4, "full", ""),
+    "v6e:4x8": (16, 2, 16, 1, "mlp", ""),
 }
 
 
