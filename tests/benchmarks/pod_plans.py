@@ -6,8 +6,8 @@
 Writes the table, and all plans as JSON beside this file. Compiled programs are found again in the
 cache; without it the whole takes about a minute a line on two cores. `--only=v6e` makes the lines
 that contain a word, the others stay as they are. `--search` looks for the best mesh, micro-batches
-and remat policy of each 72B config as `rpo_jax.plan --search` does, some ten minutes a line, and tells
-how the committed ones stand.
+and remat policy of each 72B config as `rpo_jax.plan --search` does, some ten minutes a line, and
+tells how the committed ones stand.
 """
 
 import argparse
