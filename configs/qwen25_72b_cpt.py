@@ -13,7 +13,7 @@ from rpo_jax.config import choose, defaults
 # Slice -> data, fsdp, tensor, rows of 4096 tokens a step, remat.
 SLICES = {
     "v5p:4x4x4": (1, 16, 4, 16, "dots"),
-    "v5e:16x16": (1, 64, 4, 64, "full"),
+    "v5e:16x16": (1, 64, 4, 64, "mlp"),
     "v6e:8x8": (1, 16, 4, 16, "full"),
     "2*v6e:16x16": (2, 64, 4, 128, "full"),
     "tpu7x:4x4x4": (1, 32, 4, 32, "full"),
