@@ -13,7 +13,7 @@ from rpo_jax.config import choose, defaults
 SLICES = {
     "v5p:4x4x4": (1, 16, 4, 16, "dots"),
     "v5e:16x16": (1, 64, 4, 64, "mlp"),
-    "v6e:8x8": (1, 16, 4, 16, "full"),
+    "v6e:8x8": (1, 16, 4, 16, "mlp"),
     "v6e:16x16": (1, 64, 4, 64, "dots"),
     "tpu7x:4x4x4": (1, 32, 4, 32, "full"),
 }
