@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 
 from rpo_jax.config import choose, defaults
 
-# Slice -> data, fsdp, tensor, pairs a step, remat.
+# Slice -> (data, fsdp, seq, tensor), pairs a step, remat.
 SLICES = {
-    "v5p:4x4x4": (1, 16, 4, 16, "dots"),
-    "v5e:16x16": (1, 64, 4, 64, "mlp"),
-    "v6e:8x8": (1, 16, 4, 16, "mlp"),
-    "v6e:16x16": (1, 64, 4, 64, "dots"),
-    "tpu7x:4x4x4": (1, 32, 4, 32, "full"),
+    "v5p:4x4x4": ((1, 16, 1, 4), 16, "dots"),
+    "v5e:16x16": ((1, 64, 1, 4), 64, "mlp"),
+    "v6e:8x8": ((1, 16, 1, 4), 16, "mlp"),
+    "v6e:16x16": ((1, 64, 1, 4), 64, "dots"),
+    "tpu7x:4x4x4": ((1, 32, 2, 2), 32, "dots"),
 }
 
 
@@ -28,9 +28,8 @@ def get_config(arg: str = "v5p:4x4x4") -> ConfigDict:
     config.model.shape = "qwen2.5-72b"
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "splash"
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, rows, config.model.remat = choose(
-        SLICES, arg
-    )
+    mesh, rows, config.model.remat = choose(SLICES, arg)
+    config.mesh.data, config.mesh.fsdp, config.mesh.seq, config.mesh.tensor = mesh
 
     config.data.train = ("pairs/train.jsonl",)
     config.data.heldout = ("pairs/heldout.jsonl",)
