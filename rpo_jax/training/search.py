@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -47,7 +48,8 @@ def search(
     Raises:
         UserError: no mesh holds the state, or divides the rows; or the compiler fails on all.
     """
-    sizes = [list(jobs) for _, jobs in groupby(_candidates(config, shape, topology), _tensor)]
+    by_tensor = attrgetter("work.config.mesh.tensor")
+    sizes = [list(jobs) for _, jobs in groupby(_candidates(config, shape, topology), by_tensor)]
     if not sizes:
         raise UserError(
             f"{topology.name}: no mesh divides train.batch_rows={config.train.batch_rows} and has "
@@ -128,17 +130,19 @@ def _climb(job: Job, topology: Topology, plan: Callable[[Config], Plan]) -> None
     config, mesh, shape = job.work.config, job.work.mesh.shape, job.work.network.shape
     rows, shards = config.train.batch_rows, mesh["data"] * mesh["fsdp"]
 
-    def cut(micro_batches: int) -> Plan:
-        return plan(replace(config, train=replace(config.train, micro_batches=micro_batches)))
+    plans: dict[int, Plan] = {}
+
+    def fits(micro_batches: int) -> bool:
+        train = replace(config.train, micro_batches=micro_batches)
+        plans[micro_batches] = plan(replace(config, train=train))
+        return bool(plans[micro_batches]["fits"])
 
     *fewer, most = (n for n in range(1, rows + 1) if rows % (n * shards) == 0)
-    plans = {most: cut(most)}
-    if not plans[most]["fits"]:
+    if not fits(most):
         return
-    first = bisect_left(fewer, True, key=lambda n: plans.setdefault(n, cut(n))["fits"])
-    count = [*fewer, most][first]
-    least = plans[count]
-    room = (topology.chip.hbm_bytes - least["hbm_gb"]["total"] * 1e9) / topology.chip.devices
+    count = [*fewer, most][bisect_left(fewer, True, key=fits)]
+    taken = plans[count]["hbm_gb"]["total"] * 1e9
+    room = (topology.chip.hbm_bytes - taken) / topology.chip.devices
     tokens_here = job.tokens / count / (shards * mesh["seq"])
     train = replace(config.train, micro_batches=count)
     for remat in reversed(REMAT[1:]):
@@ -151,10 +155,6 @@ def _climb(job: Job, topology: Topology, plan: Callable[[Config], Plan]) -> None
 
 def _bytes(config: Config) -> int:
     return 2 if config.model.compute_dtype == "bfloat16" else 4
-
-
-def _tensor(job: Job) -> int:
-    return job.work.config.mesh.tensor
 
 
 def _sent_bytes(job: Job) -> float:
