@@ -1,6 +1,7 @@
 """Train and evaluate from end to end at the smallest scale, and what they refuse."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,10 +16,12 @@ import pytest
 from rpo_jax import cli
 from rpo_jax.config import Checkpoint
 from rpo_jax.data.records import open_records
+from rpo_jax.errors import Stopped
 from rpo_jax.evaluate import format_result, measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
-from rpo_jax.training.checkpoint import open_checkpoints
+from rpo_jax.training import loop
+from rpo_jax.training.checkpoint import open_checkpoints, save_state
 from rpo_jax.training.origin import load_params
 from rpo_jax.training.run import read_metrics
 from rpo_jax.training.state import abstract_weights, fingerprint_params
@@ -216,6 +219,24 @@ def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     assert [line["step"] for line in read_metrics(folder) if "loss" in line] == list(range(1, 41))
     straight = base_overrides(workdir)
     assert weights(tmp_path, "stopped", stopped) == weights(workdir, "fictional-base", straight)
+
+
+def test_a_signal_after_the_last_step_stops_what_comes_next_too(tmp_path, monkeypatch):
+    """A sweep or a study would begin its next run; what was trained is kept."""
+    arguments = base_overrides(tmp_path, name="late", train__steps=2)
+
+    def save_late(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_state(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save_state", save_late)
+        with pytest.raises(Stopped, match="SIGTERM: stopped at step 2, saved"):
+            run(BASE, arguments)
+    assert not (tmp_path / "late/summary.json").exists()
+    trained = losses(tmp_path / "late")
+    assert run(BASE, arguments)["steps"] == 2
+    assert losses(tmp_path / "late") == trained
 
 
 def test_a_finished_run_is_left_as_it_is(workdir):

@@ -93,7 +93,8 @@ def run_steps(
         tqdm(total=train.steps, initial=done, desc=config.name, unit="step", disable=None) as bar,
     ):
         look()  # at step 0, and where a run was stopped before it looked
-        while done < train.steps:
+        stops = False
+        while done < train.steps and not stops:
             batch = next(batches)
             placed = put_batch(batch, work.mesh)
             if terms_every and (done + 1) % terms_every == 0:
@@ -106,7 +107,7 @@ def run_steps(
             meter.add(batch)
             if all_should_stop(done):
                 stop.append(signal.SIGTERM)
-            stops = bool(stop)  # a signal from here on waits for the next step
+            stops = bool(stop)  # a signal from here on waits for the next step, or the end
             last = done == train.steps
             save = last or stops or is_due(done, config.checkpoint.save_every_steps)
             looks_due = any(is_due(done, one.every_steps) for one in looks)
@@ -121,9 +122,9 @@ def run_steps(
                 log.sync()  # a checkpoint is never ahead of its metrics
                 save_state(checkpoints, state, read_fingerprints(config.folder), scores)
                 log.write(done, measure_memory())
-            if stops:
-                checkpoints.wait()
-                raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
+        if stop:
+            checkpoints.wait()
+            raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
     return state
 
 

@@ -275,13 +275,14 @@ def run_together(
         ) as bar,
     ):
         look()  # at step 0, and where it was stopped before it looked
-        while done < train.steps and going_on():
+        stops = False
+        while done < train.steps and going_on() and not stops:
             placed = put_batches([next(own) for own in batches], policies[0].work)
             state, metrics = steps(state, frozen, hyper, placed)
             done += 1
             bar.update()
             pending.append((done, metrics))
-            stops = bool(stop)  # a signal from here on waits for the next step
+            stops = bool(stop)  # a signal from here on waits for the next step, or the end
             last = done == train.steps
             save = last or stops or is_due(done, config.checkpoint.save_every_steps)
             looks = is_due(done, train.eval_every_steps)
@@ -295,9 +296,9 @@ def run_together(
                 for one in policies:
                     one.log.sync()  # a checkpoint is never ahead of its metrics
                 save_state(checkpoints, state, settings)
-            if stops:
-                checkpoints.wait()
-                raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
+        if stop:
+            checkpoints.wait()
+            raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
     return state, left
 
 
