@@ -48,6 +48,10 @@ if [[ -z $verb ]]; then
   usage >&2
   exit 2
 fi
+if [[ ! -r $file ]]; then
+  echo "error: $file: cannot be read" >&2
+  exit 2
+fi
 # shellcheck source=launch/72b_rpo.env
 source "$file"
 
@@ -65,16 +69,24 @@ check_filled() { # NAMES...: refuses settings that are still what the file was s
   done
 }
 
-check_hosts() { # refuses HOSTS that the slices do not have: the job would wait for the others forever
+check_slices() { # refuses HOSTS and TOPOLOGY that the slices do not have: the job would wait, or fail there
   [[ $ACCELERATOR =~ ^(v4|v5p|v5litepod|v6e)-([0-9]+)$ ]] || return 0
-  local chips=${BASH_REMATCH[2]} hosts=1 largest=8
-  case ${BASH_REMATCH[1]} in
+  local kind=${BASH_REMATCH[1]/litepod/e} chips=${BASH_REMATCH[2]} hosts=1 largest=8 asked
+  case $kind in
   v4 | v5p) chips=$((chips / 2)) largest=4 ;; # counted in cores
   esac
   ((chips <= largest)) || hosts=$((chips / 4))
   hosts=$((hosts * SLICES))
   if ((HOSTS != hosts)); then
     echo "error: HOSTS=$HOSTS, but SLICES=$SLICES of ACCELERATOR=$ACCELERATOR have $hosts" >&2
+    exit 2
+  fi
+  # A command of one's own need not be made of it.
+  [[ $COMMAND == *":${TOPOLOGY:=none}"* ]] || return 0
+  [[ $TOPOLOGY =~ ^(([0-9]+)\*)?([a-z0-9]+):([0-9]+)x([0-9]+)(x([0-9]+))?$ ]] || return 0
+  asked=$((BASH_REMATCH[4] * BASH_REMATCH[5] * ${BASH_REMATCH[7]:-1}))
+  if ((asked != chips || ${BASH_REMATCH[2]:-1} != SLICES)) || [[ ${BASH_REMATCH[3]} != "$kind" ]]; then
+    echo "error: TOPOLOGY=$TOPOLOGY, but SLICES=$SLICES of ACCELERATOR=$ACCELERATOR are $SLICES of $chips $kind chips" >&2
     exit 2
   fi
 }
@@ -232,7 +244,7 @@ check_filled PROJECT ZONE
 case $verb in
 create | keep)
   check_filled BUCKET IMAGE
-  check_hosts
+  check_slices
   ;;
 esac
 

@@ -230,23 +230,39 @@ def test_a_placeholder_is_refused_by_name(cloud, name, value):
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "slices", "hosts"),
+    ("accelerator", "slices", "hosts", "topology"),
     [
-        ("v5p-128", 1, 16),
-        ("v5p-8", 1, 1),
-        ("v6e-256", 2, 128),
-        ("v6e-8", 1, 1),
-        ("v5litepod-16", 1, 4),
+        ("v5p-128", 1, 16, "v5p:4x4x4"),
+        ("v5p-8", 1, 1, "v5p:2x2x1"),
+        ("v6e-256", 2, 128, "2*v6e:16x16"),
+        ("v6e-8", 1, 1, "v6e:2x4"),
+        ("v5litepod-16", 1, 4, "v5e:4x4"),
     ],
 )
-def test_the_hosts_are_those_of_the_slices(cloud, accelerator, slices, hosts):
-    asked = {"ACCELERATOR": accelerator, "SLICES": str(slices)}
+def test_the_hosts_are_those_of_the_slices(cloud, accelerator, slices, hosts, topology):
+    asked = {"ACCELERATOR": accelerator, "SLICES": str(slices), "TOPOLOGY": topology}
     cloud.run("tpu_vm.sh", "create", HOSTS=str(hosts), **asked)
     told = cloud.run("tpu_vm.sh", "create", status=2, HOSTS=str(hosts + 1), **asked)
     assert told == (
         f"error: HOSTS={hosts + 1}, but SLICES={slices} of ACCELERATOR={accelerator} have {hosts}\n"
     )
     assert len(cloud.calls()) == 1
+
+
+@pytest.mark.parametrize("topology", ["v5p:8x8x8", "v6e:8x8", "2*v5p:4x4x4"])
+def test_the_topology_is_that_of_the_slices(cloud, topology):
+    """Where a command is made of it: one that does not fit would fail on a slice that costs."""
+    told = cloud.run("tpu_vm.sh", "create", status=2, TOPOLOGY=topology)
+    assert told == (
+        f"error: TOPOLOGY={topology}, but SLICES=1 of ACCELERATOR=v5p-128 are 1 of 64 v5p chips\n"
+    )
+    assert not cloud.calls()
+    cloud.run("tpu_vm.sh", "create", TOPOLOGY=topology, COMMAND="python -m mine")
+    assert len(cloud.calls()) == 1
+
+
+def test_a_file_that_is_not_there_is_named(cloud):
+    assert cloud.run("tpu_vm.sh", "create", "no.env", status=2) == "error: no.env: cannot be read\n"
 
 
 def test_hosts_of_an_unknown_kind_are_taken_as_given(cloud):
@@ -341,7 +357,7 @@ def test_each_job_trains_on_the_slice_that_it_asks_for(cloud):
 
 
 def test_several_slices_are_one_request(cloud):
-    cloud.run("tpu_vm.sh", "create", SLICES="2", HOSTS="32", SPOT="no")
+    cloud.run("tpu_vm.sh", "create", SLICES="2", HOSTS="32", SPOT="no", TOPOLOGY="2*v5p:4x4x4")
     (call,) = cloud.calls()
     assert create_call(call) == [*CREATE, "--node-count=2", "--node-prefix=rpo-72b"]
     startup = cloud.calls_file.with_name("calls.startup").read_text()
