@@ -270,7 +270,7 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError("--against wants pip install 'rpo_jax[parity]'") from error
+        raise UserError('--against wants pip install -c constraints.txt -e ".[parity]"') from error
 
     if in_bucket(weights.folder):
         raise UserError(f"--against: {weights.folder} is in a bucket; copy it to a disk first")

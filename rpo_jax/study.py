@@ -17,9 +17,6 @@ explaining, as `exam` says. Finished runs and answers are kept, whatever was sto
 """
 
 import logging
-import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -42,8 +39,16 @@ from rpo_jax.sweep import is_finished
 from rpo_jax.train import build, format_summary, train
 from rpo_jax.training.compile_once import compile_once
 from rpo_jax.training.figures import draw_arms, draw_log_ratios
-from rpo_jax.training.results import Mean, Point, Row, average, collect, write_results
-from rpo_jax.training.run import find_versions
+from rpo_jax.training.results import (
+    Mean,
+    Point,
+    Row,
+    average,
+    collect,
+    warn_of_guessing,
+    write_results,
+)
+from rpo_jax.training.run import describe_command
 from rpo_jax.writing import write_json
 
 DEFAULT = "configs/study.py"
@@ -241,10 +246,7 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     paths = write_results(folder, rows)
     measured = {
         "study": shared.name,
-        "command": shlex.join(["python", "-m", "rpo_jax.study", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": find_versions(),
+        **describe_command("study"),
         "worlds": shared.study.worlds,
         "seeds": shared.study.seeds,
         "start": start,
@@ -303,16 +305,12 @@ def format_arms(compared: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) 
             means = [average(own, ["arm"], f"{mode}_{rate}")[arm,].value for mode in MODES]
             cells.append(" / ".join(f"{mean:.0%}" for mean in means))
         table.append([arm, str(found["runs"]), *cells])
-    first = next(iter(compared.values()))
-    if any(found[mode]["low"] > found["guessing"] for found in compared.values() for mode in MODES):
-        note = ""
-    else:
-        note = "\n\nno arm is above guessing in either way: nothing follows about explaining"
+    first, warning = next(iter(compared.values())), warn_of_guessing(compared)
     return (
         f"{first['questions']:,} test questions, of which guessing gets {first['guessing']:.0%} "
         "right; points of 100, 95 % intervals over questions; difference: explaining first less "
-        f"answering only; gains: less the same of study.start\n\n{format_table(table)}{note}"
-    )
+        f"answering only; gains: less the same of study.start\n\n{format_table(table)}"
+    ) + (f"\n\n{warning}" if warning else "")
 
 
 def format_sections(compared: Mapping[str, Mapping[str, Any]]) -> str:

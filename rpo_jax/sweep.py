@@ -63,7 +63,13 @@ from rpo_jax.training.results import (
     list_measures,
     write_results,
 )
-from rpo_jax.training.run import check_same_run, hold_run, log_to_file, read_fingerprints
+from rpo_jax.training.run import (
+    check_same_run,
+    describe_command,
+    hold_run,
+    log_to_file,
+    read_fingerprints,
+)
 from rpo_jax.training.state import abstract_state, abstract_weights, join_params, start_from
 from rpo_jax.training.together import (
     Policy,
@@ -78,6 +84,7 @@ from rpo_jax.training.together import (
 )
 from rpo_jax.training.workload import train_batches
 from rpo_jax.weights.store import place_checkpoints
+from rpo_jax.writing import write_json
 
 
 @compile_once()
@@ -300,7 +307,9 @@ def report(folder: Path, points: Sequence[Point]) -> str:
     """Writes table and figures of the finished points into a folder; returns the table to show."""
     rows = collect(points)
     axes = list_axes(points)
-    paths = [*write_results(folder, rows), *_draw(folder, rows, axes)]
+    told = {"points": len(points), "finished": len(rows), "axes": axes}
+    paths = [*write_results(folder, rows), folder / "sweep.json", *_draw(folder, rows, axes)]
+    write_json(folder / "sweep.json", {"sweep": folder.name, **describe_command("sweep"), **told})
     finished = [point for point in points if is_finished(point.config)]
     if numeric := _list_numeric(rows, axes):
         drawn = draw_log_ratios(folder / "log_ratios.png", finished, numeric[0])

@@ -24,6 +24,7 @@ from rpo_jax.exams.igakuqa import Question
 from rpo_jax.exams.responses import Response
 from rpo_jax.exams.scoring import mark_all
 from rpo_jax.training.figures import draw_arms
+from rpo_jax.training.run import find_commit
 from tests.sittings import gold, make_exam, wrong
 from tests.test_iterate import guesser
 from tests.test_iterate import overrides as rounds_overrides
@@ -377,6 +378,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     stored = json.loads((folder / "study.json").read_text())
     compared = stored["arms"]
+    assert stored["versions"]["commit"] == find_commit()
     assert [row["arm"] for row in results] == list(compared) == list(stored["over_runs"])
     assert list(compared) == ["base", "cpt", "dpo", "rpo", "base-rpo"]
     table = csv.DictReader((folder / "results.csv").read_text().splitlines())

@@ -23,7 +23,7 @@ from rpo_jax.training.evaluation import put_batch
 from rpo_jax.training.optim import make_optimizer
 from rpo_jax.training.programs import make_job
 from rpo_jax.training.results import average
-from rpo_jax.training.run import read_metrics
+from rpo_jax.training.run import find_commit, read_metrics
 from rpo_jax.training.state import (
     TrainState,
     abstract_state,
@@ -176,6 +176,10 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
         assert "4 of 4 points" in shown
         folder = tmp_path / how / "grid"
         results[how] = json.loads((folder / "results.json").read_text())
+        made = json.loads((folder / "sweep.json").read_text())
+        assert (made["points"], made["finished"]) == (4, 4)
+        assert made["command"].startswith("python -m rpo_jax.sweep")
+        assert made["versions"]["commit"] == find_commit()
         with (folder / "results.csv").open() as file:
             assert [row["name"] for row in csv.DictReader(file)] == [
                 "grid-alpha0.0-beta0.1-seed0",

@@ -23,7 +23,7 @@ from rpo_jax.train import main as train_main
 from rpo_jax.training import loop
 from rpo_jax.training.checkpoint import open_checkpoints, save_state
 from rpo_jax.training.origin import load_params
-from rpo_jax.training.run import read_metrics
+from rpo_jax.training.run import find_commit, read_metrics
 from rpo_jax.training.state import abstract_weights, fingerprint_params
 
 REPO = Path(__file__).resolve().parents[1]
@@ -219,6 +219,28 @@ def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     assert [line["step"] for line in read_metrics(folder) if "loss" in line] == list(range(1, 41))
     straight = base_overrides(workdir)
     assert weights(tmp_path, "stopped", stopped) == weights(workdir, "fictional-base", straight)
+
+
+def test_results_name_the_commit_they_were_made_at(tmp_path, monkeypatch):
+    """Of the clone that the code lies in; what an installed package lies in is another one."""
+    package = tmp_path / "clone/rpo_jax/__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("first = 1\n")
+    monkeypatch.setattr("rpo_jax.__file__", str(package))
+    assert find_commit() == "absent"
+    git = ["git", "-C", package.parent, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q", ".."], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    named = ["git", "-C", package.parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(named, check=True, capture_output=True, text=True).stdout.strip()
+    assert find_commit() == commit
+    package.write_text("first = 2\n")
+    assert find_commit() == f"{commit}-dirty"
+    monkeypatch.setattr("rpo_jax.__file__", str(package.parent / "lib/rpo_jax/__init__.py"))
+    assert find_commit() == "absent"
+    monkeypatch.setenv("PATH", "")  # no git
+    monkeypatch.setattr("rpo_jax.__file__", str(package))
+    assert find_commit() == "absent"
 
 
 def test_a_signal_after_the_last_step_stops_what_comes_next_too(tmp_path, monkeypatch):

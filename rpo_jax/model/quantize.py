@@ -82,7 +82,9 @@ def _qwix() -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise UserError("lora.quantize wants pip install 'rpo_jax[quant]'") from error
+        raise UserError(
+            'lora.quantize wants pip install -c constraints.txt -e ".[quant]"'
+        ) from error
     return qwix
 
 

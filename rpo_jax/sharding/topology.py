@@ -56,7 +56,8 @@ def open_topology(name: str) -> Topology:
         return _open_gpus(name, gpus[1], int(gpus[2]))
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     if not match or match[2] not in CHIPS:
-        raise UserError(f"topology {name!r}: {_WANTED}")
+        unknown = match and f"no chip {match[2]} is known; "
+        raise UserError(f"topology {name!r}: {unknown or ''}{_WANTED}")
     slices, shape = int(match[1] or 1), f"{match[2]}:{match[3]}"
     chip, sides = CHIPS[match[2]], [int(n) for n in match[3].split("x")]
     if len(sides) != chip.torus:
@@ -77,12 +78,14 @@ def open_topology(name: str) -> Topology:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except ImportError as error:
-        raise UserError("libtpu is not installed: pip install 'rpo_jax[tpu]'") from error
+        raise UserError(
+            'libtpu is not installed: pip install -c constraints.txt -e ".[tpu]"'
+        ) from error
     except Exception as error:  # JaxRuntimeError, or RuntimeError where there is no libtpu
         text = str(error)
         if "libtpu" in text and "topology" not in text.lower():
             raise UserError(
-                f"libtpu cannot be loaded ({text}): pip install 'rpo_jax[tpu]'"
+                f'libtpu cannot be loaded ({text}): pip install -c constraints.txt -e ".[tpu]"'
             ) from error
         raise UserError(f"topology {name!r} is not made of whole hosts: {_WANTED}") from error
     wanted = slices * math.prod(sides) * chip.devices
@@ -101,7 +104,7 @@ def _open_gpus(name: str, card: str, count: int) -> Topology:
         )
     except (ImportError, NotImplementedError) as error:  # there is no such plugin
         raise UserError(
-            f"the compiler for GPUs cannot be loaded ({error}): pip install 'rpo_jax[cuda]'; no "
-            "GPU is needed"
+            f"the compiler for GPUs cannot be loaded ({error}): "
+            'pip install -c constraints.txt -e ".[cuda]"; no GPU is needed'
         ) from error
     return Topology(name, GPUS[card].chip, 1, described.devices, GPUS[card].describe())

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rpo_jax.training.measures import explain_measure
-from rpo_jax.training.results import Mean, Point, Row, average, list_measures
+from rpo_jax.training.results import Mean, Point, Row, average, list_measures, warn_of_guessing
 from rpo_jax.training.run import read_metrics
 from rpo_jax.writing import open_whole
 
@@ -94,8 +94,9 @@ def draw_log_ratios(path: Path, points: Sequence[Point], axis: str) -> Path | No
             panel.plot(steps[0][:length], mean, color=color, label=side)
         panel.axhline(0.0, color="gray", linewidth=0.8)
         title = value if isinstance(value, str) else f"{_short(axis)} {value:g}"
-        _name(panel, "step", f"log-ratio to the reference, nats (mean of {_WINDOW} steps)", title)
+        _name(panel, "step", "", title)
         panel.legend(fontsize=8)
+    figure.supylabel(f"log-ratio to the reference, nats (mean of {_WINDOW} steps)", fontsize=10)
     return _save(figure, path)
 
 
@@ -103,7 +104,7 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
     """Accuracy of each arm by way of asking, and what explaining first changes.
 
     Bars and marks have their 95 % intervals over questions; points are single runs. A dashed line
-    is what guessing gets right.
+    is what guessing gets right; where no arm gets above it, the figure says so.
 
     Args:
         path: of the figure.
@@ -130,6 +131,8 @@ def draw_arms(path: Path, compared: Mapping[str, Mapping[str, Any]], rows: Seque
         panel.set_xticks(range(len(compared)), list(compared), rotation=30, ha="right")
         panel.set_title(title, fontsize=10)
     figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+    if warning := warn_of_guessing(compared):
+        figure.suptitle(warning, fontsize=10, color="tab:red")
     return _save(figure, path)
 
 
@@ -137,13 +140,15 @@ def _mark(
     panel: Axes, x: float, estimate: Mapping[str, float], runs: Sequence[float], color: str
 ) -> None:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    panel.errorbar(x, value, [[value - low], [high - value]], color=color, fmt="o", capsize=4)
+    bars = [[value - low], [high - value]]
+    # A mark at 0 is seen whole.
+    panel.errorbar(x, value, bars, color=color, fmt="o", capsize=4, clip_on=False)
     if len(runs) > 1:
         panel.plot([x + 0.1] * len(runs), [100 * run for run in runs], "k.", markersize=4)
 
 
 def _panels(count: int, share: bool = False) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from rpo_jax.config import Config
+from rpo_jax.config import MODES, Config
 from rpo_jax.writing import write_json, write_whole
 
 Row = dict[str, Any]
@@ -109,3 +109,10 @@ def write_results(folder: Path, rows: Sequence[Row]) -> list[Path]:
     writer.writerows(rows)
     write_whole(folder / "results.csv", text.getvalue())
     return [folder / "results.json", folder / "results.csv"]
+
+
+def warn_of_guessing(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is to be said where no arm is above guessing; "" where one is."""
+    if any(found[mode]["low"] > found["guessing"] for found in compared.values() for mode in MODES):
+        return ""
+    return "no arm is above guessing in either way: nothing follows about explaining"

@@ -3,8 +3,13 @@
 import contextlib
 import json
 import logging
+import os
 import platform
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from rpo_jax import __version__
+import rpo_jax
 from rpo_jax.config import Config, to_dict
 from rpo_jax.data.records import digest
 from rpo_jax.data.tokenizer import Tokenizer
@@ -213,15 +218,44 @@ def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: damaged ({error}); restore it or choose another name") from error
 
 
+def describe_command(verb: str) -> dict[str, Any]:
+    """What the results of a command are stored with: how, when, where and by what they came."""
+    return {
+        "command": shlex.join(["python", "-m", f"rpo_jax.{verb}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": find_versions(),
+    }
+
+
 def find_versions() -> dict[str, str]:
     """Versions of what a run is computed with; of extras, `absent` where they are not installed."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
-        "rpo_jax": __version__,
+        "rpo_jax": rpo_jax.__version__,
+        "commit": find_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         **{name: _find_version(name) for name in ("libtpu", "qwix", "gcsfs")},
     }
+
+
+def find_commit() -> str:
+    """The commit of the clone that this code lies in, `-dirty` if it was changed; or `absent`."""
+    clone = Path(rpo_jax.__file__).parents[1]
+    if not (clone / ".git").exists():  # what lies around an installed package is another clone
+        return "absent"
+    git = ["git", "--no-optional-locks", "-C", str(clone), "describe"]
+    try:
+        found = subprocess.run(
+            [*git, "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "absent"
+    return found.stdout.strip()
 
 
 def _find_version(package: str) -> str:

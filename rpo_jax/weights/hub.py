@@ -75,7 +75,7 @@ def _fetch(source: str, revision: str | None, files: list[str]) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise UserError(
-            f"{source}: no such folder; to ask the hub, pip install 'rpo_jax[hub]'"
+            f'{source}: no such folder; to ask the hub, pip install -c constraints.txt -e ".[hub]"'
         ) from error
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=files))
