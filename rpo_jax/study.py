@@ -32,6 +32,7 @@ from rpo_jax.exams.arms import GAINS, Sat, compare_arms
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, Drawing
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.fictional import is_test_world
+from rpo_jax.exams.fictional.kinds import KINDS
 from rpo_jax.exams.report import mark_sitting
 from rpo_jax.exams.tables import format_table
 from rpo_jax.iterate import run_round
@@ -330,7 +331,8 @@ def format_kinds(compared: Mapping[str, Mapping[str, Any]]) -> str:
     for arm, found in compared.items():
         pairs = [[found["kinds"][kind][mode]["value"] for mode in MODES] for kind in kinds]
         table.append([arm, *(" / ".join(f"{100 * share:.0f}" for share in pair) for pair in pairs)])
-    return format_table(table)
+    legend = "; ".join(f"{kind}: {KINDS[kind].wanted}" for kind in kinds)
+    return f"{format_table(table)}\n\n{legend}"
 
 
 def format_explanations(compared: Mapping[str, Mapping[str, Any]]) -> str:

@@ -86,7 +86,12 @@ def test_later_models_are_compared_with_the_first_question_by_question(report, f
     assert (test["lost"], test["gained"]) == (0, len(wrong))
     assert test["p_value"] == pytest.approx(2 * 0.5 ** len(wrong))
     shown = format_report(report, Path("x"))
-    assert f"perfect against {name}, answer_only: +{sum(wrong)} points (95% " in shown
+    (line,) = [
+        x for x in shown.splitlines() if x.startswith(f"perfect against {name}, answer_only")
+    ]
+    total = sum(question.points for question in questions)
+    assert f": +{sum(wrong)} points (95% " in line
+    assert f"), +{sum(wrong) / total:.1%} of all; " in line
     page = Page((folders[0] / "comparison.html").read_text(encoding="utf-8")).text
     assert "Model against model" in page and f"+{sum(wrong):.1f}" in page
     other = build_report(EXAM, [folders[0]])

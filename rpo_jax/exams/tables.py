@@ -97,12 +97,12 @@ def _explain(columns: Sequence[str]) -> str:
 
 def _say_difference(found: dict[str, Any]) -> str:
     """A paired comparison, as `exams.statistics.compare` makes it."""
-    points, first = found["points"], found["mcnemar"][0]
+    points, share, first = found["points"], found["share"], found["mcnemar"][0]
     tests = ", ".join(f"{test['p_value']:.3g}" for test in found["mcnemar"])
     return (
         f"{points['difference']:+g} points ({found['confidence']:.0%} interval {points['low']:+g} "
-        f"to {points['high']:+g}); {first['lost']} lost, {first['gained']} gained; "
-        f"McNemar p = {tests}"
+        f"to {points['high']:+g}), {share['difference']:+.1%} of all; {first['lost']} lost, "
+        f"{first['gained']} gained; McNemar p = {tests}"
     )
 
 

@@ -88,6 +88,7 @@ class Kind:
     """A kind of question.
 
     Attributes:
+        wanted: What it asks for, in English.
         ask: Draws a question about a subject; None where the domain is too small for it.
         room: Index of the exam section; 1 holds the cases.
         points: What a right answer is worth.
@@ -97,6 +98,7 @@ class Kind:
     """
 
     name: str
+    wanted: str
     ask: Callable[[random.Random, Graph, Domain, str], Ask | None]
     explain: Callable[[Recall, Ask], Verdicts | Number | None]
     room: int
@@ -384,14 +386,14 @@ def _explain_dose(recall: Recall, ask: Ask) -> Number | None:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("診断", _ask_diagnosis, _explain_diagnosis, room=1),
-        Kind("治療", _ask_treatment, _explain_treatment, room=1, points=3),
-        Kind("禁忌", _ask_ban, _explain_ban, room=1, points=3),
-        Kind("所見", _ask_signs, _explain_signs, room=0),
-        Kind("所見なし", _ask_absent_sign, _explain_signs, room=0),
-        Kind("原因", _ask_cause, _explain_cause, room=0, about="cause"),
-        Kind("禁忌薬", _ask_banned, _explain_banned, room=2, about="ban"),
-        Kind("検査", _ask_highest, _explain_highest, room=2, about="gauge"),
-        Kind("用量", _ask_dose, _explain_dose, room=2, every=3),
+        Kind("診断", "disease of the signs", _ask_diagnosis, _explain_diagnosis, room=1),
+        Kind("治療", "treatment", _ask_treatment, _explain_treatment, room=1, points=3),
+        Kind("禁忌", "what forbids its drug", _ask_ban, _explain_ban, room=1, points=3),
+        Kind("所見", "sign", _ask_signs, _explain_signs, room=0),
+        Kind("所見なし", "absent sign", _ask_absent_sign, _explain_signs, room=0),
+        Kind("原因", "cause", _ask_cause, _explain_cause, room=0, about="cause"),
+        Kind("禁忌薬", "forbidden drug", _ask_banned, _explain_banned, room=2, about="ban"),
+        Kind("検査", "extreme value", _ask_highest, _explain_highest, room=2, about="gauge"),
+        Kind("用量", "dose", _ask_dose, _explain_dose, room=2, every=3),
     )
 }
