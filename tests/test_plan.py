@@ -19,14 +19,17 @@ from rpo_jax import plan as command
 from rpo_jax.cli import load_config
 from rpo_jax.config import Lora, Mesh
 from rpo_jax.errors import UserError
-from rpo_jax.model.qwen2 import count_params
+from rpo_jax.model.qwen2 import count_params, make_network
+from rpo_jax.model.shape import load_shape
 from rpo_jax.sharding.gpus import GPUS
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.topology import open_topology
 from rpo_jax.training.estimate import local_bytes, plan_program
 from rpo_jax.training.metrics import count_flops, count_recompute, forward_flops
+from rpo_jax.training.origin import as_stored, make_quantize
 from rpo_jax.training.programs import make_job
 from rpo_jax.training.search import search
+from rpo_jax.training.state import abstract_weights, split_params
 from tests.tiny import NETWORK, SHAPE, make_config
 
 pytest.importorskip("libtpu", reason="compiling for TPUs wants libtpu: pip install .[tpu]")
@@ -194,6 +197,25 @@ def test_a_mesh_has_to_fit_every_topology_before_anything_is_compiled(tmp_path):
     with pytest.raises(UserError, match=told):
         command.main(config, topology="v6e:1x1,v6e:2x2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("slice_", ["v6e:2x2", "v5e:2x4"])
+def test_a_base_is_quantised_on_the_few_chips_that_then_hold_it(slice_):
+    """The largest kernels of the 72B, in the room that all others leave when they are there."""
+    config = load_config(f"{REPO}/configs/qwen25_72b_rpo_lora.py:{slice_}", ())
+    topology = open_topology(slice_)
+    mesh = make_mesh(config.mesh, topology.devices)
+    network = make_network(load_shape(config.model.shape), config.model, config.lora)
+    _, frozen = split_params(abstract_weights(network, mesh))
+    with jax.set_mesh(mesh):
+        for name in ("up", "down"):
+            leaf = frozen["layers"]["mlp"][name]["kernel"]
+            compiled = make_quantize(name, leaf).lower(as_stored(leaf)).compile()
+            sizes = compiled.memory_analysis()
+            taken = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+            taken += sizes.temp_size_in_bytes + local_bytes(frozen) - local_bytes(leaf)
+            assert taken < topology.chip.hbm_bytes
 
 
 @pytest.mark.full

@@ -184,15 +184,19 @@ def load_params(folder: Path, abstract: Params, step: int | None = None) -> tupl
         def load(path: Any, leaf: Any) -> Any:
             if not is_quantized(leaf):
                 return read(path, leaf)
-            places = jax.tree.map(lambda part: part.sharding, leaf)
-            whole = read(path, _as_stored(leaf))
-            quantize = partial(quantize_kernel, name=path[-2].key, how=leaf.qtype)
-            return jax.jit(quantize, out_shardings=places, donate_argnums=0)(whole)
+            return make_quantize(path[-2].key, leaf)(read(path, as_stored(leaf)))
 
         return found, jax.tree_util.tree_map_with_path(load, abstract, is_leaf=is_quantized)
 
 
-def _as_stored(leaf: Any) -> Any:
+def make_quantize(name: str, leaf: Any) -> Any:
+    """The jitted program from a projection's stored kernel, which it takes, to one like `leaf`."""
+    places = jax.tree.map(lambda part: part.sharding, leaf)
+    quantize = partial(quantize_kernel, name=name, how=leaf.qtype)
+    return jax.jit(quantize, out_shardings=places, donate_argnums=0)
+
+
+def as_stored(leaf: Any) -> Any:
     """The array that a quantised one is made of."""
     if not is_quantized(leaf):
         return leaf
@@ -207,7 +211,7 @@ def _open(
     checkpoints = stack.enter_context(open_existing(folder))
     found = find_step(checkpoints, step)
     if adapters is None:
-        stored = jax.tree.map(_as_stored, abstract, is_leaf=is_quantized)
+        stored = jax.tree.map(as_stored, abstract, is_leaf=is_quantized)
         return found, open_params(checkpoints, found, stored)
     check_base(folder, adapters)
     _, read_base = _open(adapters.base, abstract, adapters.step, stack)
