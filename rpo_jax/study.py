@@ -28,7 +28,7 @@ from rpo_jax.config import MODES, Config, Exam
 from rpo_jax.data.records import digest
 from rpo_jax.errors import UserError
 from rpo_jax.examine import Plan, lay_out, take_exam
-from rpo_jax.exams.arms import GAINS, Sat, compare_arms
+from rpo_jax.exams.arms import GAINS, Sat, compare_arms, contrast_arms, list_marks
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, Drawing
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.fictional import is_test_world
@@ -46,8 +46,10 @@ from rpo_jax.training.results import (
     Row,
     average,
     collect,
+    estimate_mean,
     warn_of_guessing,
     write_results,
+    write_table,
 )
 from rpo_jax.training.run import describe_command
 from rpo_jax.writing import write_json
@@ -244,7 +246,9 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
         for row, sat in zip(collect(points), sats, strict=True)
     ]
     compared, over_runs = compare_arms(sats, start), average_runs(rows)
-    paths = write_results(folder, rows)
+    after = list(dict.fromkeys(run.arm for run in runs if _find_start(run, runs) == start))
+    contrasts = contrast_arms(sats, after)
+    paths = [*write_results(folder, rows), write_table(folder / "marks.csv", list_marks(sats))]
     measured = {
         "study": shared.name,
         **describe_command("study"),
@@ -256,16 +260,14 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
             arm: {name: mean.to_dict() for name, mean in means.items()}
             for arm, means in over_runs.items()
         },
+        "contrasts": contrasts,
     }
     write_json(folder / "study.json", measured)
     paths += [folder / "study.json", draw_arms(folder / "arms.png", compared, rows)]
     from_start = [
         Point({"arm": run.arm}, run.config)
         for run in runs
-        if run.config.init_from
-        and run.config.stage == "rpo"
-        and run.config.rpo.has_reference
-        and next(one.arm for one in runs if one.config.name == run.config.init_from) == start
+        if run.arm in after and run.config.stage == "rpo" and run.config.rpo.has_reference
     ]
     if from_start:
         drawn = draw_log_ratios(folder / "log_ratios.png", from_start, "arm")
@@ -274,7 +276,14 @@ def report(shared: Config, runs: Sequence[Run], sats: Sequence[Sat]) -> str:
     tables += [format_sections(compared), format_kinds(compared), format_explanations(compared)]
     if any(means["difference"].count > 1 for means in over_runs.values()):
         tables.append(format_runs(over_runs))
+    if contrasts:
+        tables.append(format_contrasts(contrasts))
     return "\n\n".join(["", *tables, "\n".join(map(str, paths))])
+
+
+def _find_start(run: Run, runs: Sequence[Run]) -> str:
+    """The arm that a run starts from; "" if from none."""
+    return next((one.arm for one in runs if one.config.name == run.config.init_from), "")
 
 
 def format_heldout(rows: Sequence[Row]) -> str:
@@ -367,6 +376,20 @@ def format_runs(over_runs: Mapping[str, Mapping[str, Mean]]) -> str:
     for arm, means in over_runs.items():
         table.append([arm, *(str(means.get(name, "-")) for name in _OVER_RUNS)])
     return f"{format_table(table)}\n\ngain: less that of study.start with the same seed"
+
+
+def format_contrasts(contrasts: Sequence[Mapping[str, Any]]) -> str:
+    """Arms against each other, over questions and over runs."""
+    measures = (EXPLAIN_FIRST, "difference")
+    table = [["less one another", *(x for name in measures for x in (name, "over runs"))]]
+    for found in contrasts:
+        cells = [f"{found['arm']} less {found['less']}"]
+        for name in measures:
+            mean = estimate_mean([100 * gain for gain in found["runs"][name]])
+            half = f" ± {mean.half:.1f}" if mean.count > 1 else ""
+            cells += [_say(found[name]), f"{mean.value:+.1f}{half}"]
+        table.append(cells)
+    return format_table(table)
 
 
 def _say(estimate: Mapping[str, float]) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from runpy import run_path
 
 import numpy as np
@@ -16,7 +17,14 @@ from rpo_jax import study
 from rpo_jax.cli import load_arms, load_config
 from rpo_jax.data.tokenizer import train_sentencepiece
 from rpo_jax.errors import UserError
-from rpo_jax.exams.arms import Sat, compare_arms, estimate, guess_share
+from rpo_jax.exams.arms import (
+    Sat,
+    compare_arms,
+    contrast_arms,
+    estimate,
+    guess_share,
+    list_marks,
+)
 from rpo_jax.exams.asking import ANSWER_ONLY, EXPLAIN_FIRST, MODES
 from rpo_jax.exams.exam import find_exam
 from rpo_jax.exams.fictional import SIZES, make_world
@@ -276,6 +284,43 @@ def test_arms_are_compared_question_by_question(questions):
     assert np.dot(changes, counts) == pytest.approx(-6 / 20)
 
 
+def test_arms_are_held_against_each_other(questions):
+    done = sits(questions)
+    found = contrast_arms(done, ["base", "cpt", "rpo"])
+    assert [(pair["less"], pair["arm"]) for pair in found] == [
+        ("base", "cpt"),
+        ("base", "rpo"),
+        ("cpt", "rpo"),
+    ]
+    gained = compare_arms(done, "cpt")["rpo"]
+    last = found[-1]
+    assert last["explain_first"] == gained["explain_first_gain"]
+    assert last["difference"] == gained["difference_gain"]
+    assert last["runs"]["difference"] == pytest.approx([0.2, 0.4, 0.2, 0.4])
+    (line,) = [
+        x for x in study.format_contrasts(found).splitlines() if x.startswith("rpo less cpt")
+    ]
+    assert "+30.0 (" in line and "+30.0 ± 18.4" in line  # Student's t, 3 degrees of freedom
+
+
+def test_marks_are_all_that_an_accuracy_comes_from(questions):
+    done = sits(questions)
+    rows = list_marks(done)
+    assert len({(row["world"], row["question"]) for row in rows}) == len(rows) == 2 * 20
+    for one in done:
+        own = [row for row in rows if row["world"] == one.world]
+        for mode in (ANSWER_ONLY, EXPLAIN_FIRST):
+            right = [row[f"{one.arm} seed {one.seed} {mode}"] for row in own]
+            assert right == [int(mark.extracted) for mark in one.marks[mode]]
+
+
+def test_runs_that_answered_other_questions_are_not_compared(questions):
+    done = sits(questions)
+    moved = {mode: marks[::-1] for mode, marks in done[-1].marks.items()}
+    with pytest.raises(AssertionError, match="answered different questions"):
+        compare_arms([*done[:-1], replace(done[-1], marks=moved)], "cpt")
+
+
 def test_an_interval_is_that_of_a_mean_over_questions():
     values = np.repeat([0.0, 1.0], 200)
     found = estimate(values)
@@ -383,6 +428,10 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path):
     assert list(compared) == ["base", "cpt", "dpo", "rpo", "base-rpo"]
     table = csv.DictReader((folder / "results.csv").read_text().splitlines())
     assert [row["arm"] for row in table] == list(compared)
+    marks = list(csv.DictReader((folder / "marks.csv").read_text().splitlines()))
+    right = [int(row["rpo seed 0 explain_first"]) for row in marks]
+    assert np.mean(right) == compared["rpo"]["explain_first"]["value"]
+    assert [(pair["arm"], pair["less"]) for pair in stored["contrasts"]] == [("rpo", "dpo")]
     assert all(one["questions"] == 12 for one in compared.values())
     for word in ("12 test questions", "nats/token", "preference accuracy", "arms.png"):
         assert word in printed

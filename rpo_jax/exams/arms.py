@@ -5,6 +5,7 @@ seeds of a world, and the questions of all worlds are one sample: intervals over
 percentile bootstraps of it. Source: ours.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
         ``kinds`` for each category of question, and what its ``explanations`` get right (see
         `fictional.anatomy.take_apart`), of all questions and ``explanations_by_kind``.
     """
+    for same in _by_world(sats):
+        asked = {tuple(m.question.id for m in sat.marks[mode]) for sat in same for mode in MODES}
+        assert len(asked) == 1, f"world {same[0].world}: runs answered different questions"
     found = {}
     base = [sat for sat in sats if sat.arm == start]
     for arm in dict.fromkeys(sat.arm for sat in sats):
@@ -105,6 +109,51 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             result["difference_gain"] = estimate(change_Q - change_from_Q)
         found[arm] = result
     return found
+
+
+def contrast_arms(sats: Sequence[Sat], arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Each of some arms less each one before it.
+
+    Args:
+        sats: of all arms; the runs of a world answered the same questions.
+        arms: to be compared, by name.
+
+    Returns:
+        For each pair ``arm`` and ``less``, and of ``explain_first`` and ``difference`` (explaining
+        first less answering only) the estimate, paired by question, and by ``runs`` the change
+        between the two runs with the same world and seed.
+    """
+    found = []
+    for less, arm in itertools.combinations(arms, 2):
+        own, theirs = ([sat for sat in sats if sat.arm == name] for name in (arm, less))
+        explained_Q, answered_Q = (
+            _pool(own, mode) - _pool(theirs, mode) for mode in (EXPLAIN_FIRST, ANSWER_ONLY)
+        )
+        gains = [gain for sat in own if (gain := sat.gains(sats, less))]
+        found.append(
+            {
+                "arm": arm,
+                "less": less,
+                "explain_first": estimate(explained_Q),
+                "difference": estimate(explained_Q - answered_Q),
+                "runs": {
+                    measure: [gain[name] for gain in gains]
+                    for measure, name in zip((EXPLAIN_FIRST, "difference"), GAINS, strict=True)
+                },
+            }
+        )
+    return found
+
+
+def list_marks(sats: Sequence[Sat]) -> list[dict[str, Any]]:
+    """A row a question of a world: whether each run was right, 1 or 0, in each way of asking."""
+    rows: list[dict[str, Any]] = []
+    for same in _by_world(sats):
+        right = {f"{s.arm} seed {s.seed} {mode}": s.right(mode) for s in same for mode in MODES}
+        for place, question in enumerate(_list_questions(same)):
+            asked = {"world": same[0].world, "question": question.id, "kind": question.category}
+            rows.append(asked | {run: int(right_Q[place]) for run, right_Q in right.items()})
+    return rows
 
 
 def guess_share(question: Question) -> float:

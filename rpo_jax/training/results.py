@@ -72,7 +72,7 @@ def average(rows: Sequence[Row], axes: Sequence[str], measure: str) -> dict[tupl
     Rows that have not got the measure, as those of a loss without a reference, are not in it.
     """
     return {
-        key: _mean([row[measure] for row in own])
+        key: estimate_mean([row[measure] for row in own])
         for key, own in group([row for row in rows if measure in row], axes).items()
     }
 
@@ -90,7 +90,8 @@ def list_measures(rows: Sequence[Row]) -> list[str]:
     return [name for name in MEASURES if any(name in row for row in rows)]
 
 
-def _mean(values: Sequence[float]) -> Mean:
+def estimate_mean(values: Sequence[float]) -> Mean:
+    """The mean of independent values, with Student's interval."""
     count, value = len(values), math.fsum(values) / len(values)
     if count == 1:
         return Mean(value, math.nan, 1)
@@ -102,13 +103,18 @@ def write_results(folder: Path, rows: Sequence[Row]) -> list[Path]:
     """Writes results.json and results.csv, a row a point."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", list(rows))
+    return [folder / "results.json", write_table(folder / "results.csv", rows)]
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> Path:
+    """Writes rows as CSV, with a column for each name that any of them has."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(folder / "results.csv", text.getvalue())
-    return [folder / "results.json", folder / "results.csv"]
+    write_whole(path, text.getvalue())
+    return path
 
 
 def warn_of_guessing(compared: Mapping[str, Mapping[str, Any]]) -> str:
