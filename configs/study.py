@@ -1,7 +1,7 @@
 """The paper's comparison in the embedded world; the form is the argument.
 
 python -m rpo_jax.study                                        # quick: minutes, shows how it goes
-python -m rpo_jax.study --config configs/study.py:standard     # one seed, 51 minutes on two cores
+python -m rpo_jax.study --config configs/study.py:standard     # one seed, under an hour
 python -m rpo_jax.study --config configs/study.py:reported     # a test world, three seeds, hours
 """
 

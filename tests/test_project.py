@@ -1,5 +1,6 @@
 """The promises of the project's own files: commands, versions, imports, package data."""
 
+import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import rpo_jax
+from rpo_jax.cli import load_config
+from tests.benchmarks import pod_plans
 
 REPO = Path(__file__).resolve().parents[1]
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e"
@@ -31,6 +34,21 @@ def test_readme_command_is_what_ci_runs(command):
     blocks = re.findall(r"^```sh\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
     assert command in [line for block in blocks for line in block.splitlines()]
     assert f"\nreadme '{command}'\n" in read(".ci/run")
+
+
+def test_the_table_of_plans_is_of_its_figures_and_of_the_committed_configs():
+    figures = json.loads(pod_plans.FIGURES.read_text(encoding="utf-8"))
+    assert pod_plans.TABLE.read_text(encoding="utf-8") == pod_plans.format_tables(figures)
+    for path, slice_, program in pod_plans.LINES:
+        plan = figures["plans"][pod_plans.name_line(path, slice_, program)]
+        config = load_config(str(REPO / path), pod_plans.OVERRIDES.get(program, ()))
+        mesh = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if size > 1}
+        assert {axis: size for axis, size in plan["mesh"].items() if size > 1} == mesh, path
+        if program == "step":
+            train = config.train
+            laid_out = (train.batch_rows, train.micro_batches, config.model.remat)
+            assert (plan["rows"], plan["micro_batches"], plan["remat"]) == laid_out, path
+            assert plan["fits"], path
 
 
 def test_installed_version_is_the_package_version():

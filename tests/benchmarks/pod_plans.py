@@ -91,8 +91,8 @@ Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/po
 {told}
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
-a TPU (they want Python 3.12 or later); those of GPUs (l4, h100) by {gpu}, without one. GB are
-10^9 bytes a chip, of what the compiler lets a program have, or of the three quarters of a GPU that
+a TPU (they want Python 3.12 or later); those of GPUs (l4, h100) by {gpu}
+(Python 3.11), without one. GB are 10^9 bytes a chip, of what the compiler lets a program have, or of the three quarters of a GPU that
 jax takes. Of a GPU's time nothing is known. Seconds are
 {basis}
 ([estimates.md](estimates.md)). MFU counts useful work only: a prompt once for both of its
@@ -154,18 +154,18 @@ what is 2 or 3 % faster and leaves less is not taken. {told}
 """
 
 
-def write_table(figures: dict[str, Any]) -> None:
+def format_tables(figures: dict[str, Any]) -> str:
+    """The text of docs/plans.md."""
     plans = [
         figures["plans"][key] for line in LINES if (key := name_line(*line)) in figures["plans"]
     ]
     minutes = sum(plan["compile_seconds"] for plan in plans) / 60
     machine = plans[0]["made"]["machine"].partition(", load")[0]
-    told = f"{len(plans)} of {len(LINES)} lines have been compiled, in {minutes:.0f} minutes "
-    told += f"({machine}); commit and date of each are in the figures."
+    told = f"{len(plans)} of {len(LINES)} lines have been compiled, in {minutes:.0f} minutes of "
+    told += f"compiling ({machine}); commit and date of each are in the figures."
     versions = plans[0]["versions"]
     gpu = next(plan["versions"] for plan in plans if "libtpu" not in plan["versions"])
     gpu = " under ".join(f"{name} {number}" for name, number in sorted(gpu.items(), reverse=True))
-    TABLE.parent.mkdir(exist_ok=True)
     text = (
         HEAD.format(told=told, basis=BASIS, gpu=gpu, **versions)
         + "\n".join(map(format_row, plans))
@@ -179,7 +179,7 @@ def write_table(figures: dict[str, Any]) -> None:
     if found:
         told = f"{len(found)} of {len(SEARCHES)} configs have been searched."
         text += SEARCHED.format(told=told) + "\n".join(found) + "\n"
-    TABLE.write_text(text, "utf-8")
+    return text
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def main() -> None:
                 continue
             figures["plans"][key] = {**plan, "made": made}
         write_json(FIGURES, figures)
-        write_table(figures)
+        TABLE.write_text(format_tables(figures), "utf-8")
 
 
 if __name__ == "__main__":
