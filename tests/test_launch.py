@@ -299,6 +299,24 @@ def parse_command(words):
     ]
 
 
+def test_the_runbook_trains_adapters_on_one_small_host(cloud):
+    (shown,) = re.findall(
+        r"^export NAME=rpo-lora-72b.*?72b_rpo\.env$", RUNBOOK, re.MULTILINE | re.DOTALL
+    )
+    for old, new in {"ZONE=...": "", " --dry-run": "", " launch/": f" {LAUNCH}/"}.items():
+        assert old in shown
+        shown = shown.replace(old, new)
+    subprocess.run(["bash", "-c", shown], env=cloud.env, check=True)
+    (call,) = cloud.calls()
+    assert "rpo-lora-72b" in call and "--accelerator-type=v6e-4" in call
+    words = started_words(print_startup(cloud))
+    config = parse_command(words)
+    assert (config.name, config.lora.quantize) == ("qwen25-72b-rpo-lora", "nf4")
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 4, 1)
+    assert config.checkpoint.directory.startswith("gs://")
+    assert not any(word.startswith("--processes") for word in words)
+
+
 def test_the_flags_of_the_runbook_make_its_pairs(cloud):
     (shown,) = re.findall(r"^PAIRS=.*?^quoted\(\).*?$", RUNBOOK, re.MULTILINE | re.DOTALL)
     flags = r"""FLAGS="$(quoted "${PAIRS[@]}")" """

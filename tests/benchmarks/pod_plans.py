@@ -92,8 +92,8 @@ Written by `python tests/benchmarks/pod_plans.py` (figures: `tests/benchmarks/po
 
 Each line is a committed config, compiled for its slice by libtpu {libtpu} under jax {jax}, without
 a TPU (they want Python 3.12 or later); those of GPUs (l4, h100) by {gpu}
-(Python 3.11), without one. GB are 10^9 bytes a chip, of what the compiler lets a program have, or of the three quarters of a GPU that
-jax takes. Of a GPU's time nothing is known. Seconds are
+(Python 3.11), without one. GB are 10^9 bytes a chip, of what the compiler lets a program have, or
+of the three quarters of a GPU that jax takes. Of a GPU's time nothing is known. Seconds are
 {basis}
 ([estimates.md](estimates.md)). MFU counts useful work only: a prompt once for both of its
 responses, no recomputation, and no gradients of frozen weights.
