@@ -82,7 +82,7 @@ check_slices() { # refuses HOSTS and TOPOLOGY that the slices do not have: the j
     exit 2
   fi
   # A command of one's own need not be made of it.
-  [[ $COMMAND == *":${TOPOLOGY:=none}"* ]] || return 0
+  [[ "$COMMAND " == *":${TOPOLOGY:=none} "* ]] || return 0
   [[ $TOPOLOGY =~ ^(([0-9]+)\*)?([a-z0-9]+):([0-9]+)x([0-9]+)(x([0-9]+))?$ ]] || return 0
   asked=$((BASH_REMATCH[4] * BASH_REMATCH[5] * ${BASH_REMATCH[7]:-1}))
   if ((asked != chips || ${BASH_REMATCH[2]:-1} != SLICES)) || [[ ${BASH_REMATCH[3]} != "$kind" ]]; then

@@ -128,6 +128,11 @@ def read_study(path: str, overrides: Sequence[str]) -> tuple[Config, list[Run]]:
                 f"{path}: {name} starts from {config.init_from!r}, which is no arm before it "
                 f"({', '.join(before) or 'there is none'})"
             )
+        if config.data.fictional.size != shared.data.fictional.size:
+            raise UserError(
+                f"{path}: {name} sets data.fictional.size: all arms take one exam; set it in "
+                "get_config()"
+            )
         before.append(name)
     if shared.study.start in shared.study.unexamined:
         raise UserError(f"study.unexamined: {shared.study.start} is the arm compared with")
@@ -381,7 +386,7 @@ def format_runs(over_runs: Mapping[str, Mapping[str, Mean]]) -> str:
 def format_contrasts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     """Arms against each other, over questions and over runs."""
     measures = (EXPLAIN_FIRST, "difference")
-    table = [["less one another", *(x for name in measures for x in (name, "over runs"))]]
+    table = [["arm less arm", *(x for name in measures for x in (name, "over runs"))]]
     for found in contrasts:
         cells = [f"{found['arm']} less {found['less']}"]
         for name in measures:

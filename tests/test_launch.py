@@ -306,12 +306,14 @@ def test_the_runbook_trains_adapters_on_one_small_host(cloud):
     for old, new in {"ZONE=...": "", " --dry-run": "", " launch/": f" {LAUNCH}/"}.items():
         assert old in shown
         shown = shown.replace(old, new)
-    subprocess.run(["bash", "-c", shown], env=cloud.env, check=True)
+    flags = {"FLAGS": "--config.rpo.alpha=0.5"}
+    subprocess.run(["bash", "-c", shown], env=cloud.env | flags, check=True)
     (call,) = cloud.calls()
     assert "rpo-lora-72b" in call and "--accelerator-type=v6e-4" in call
     words = started_words(print_startup(cloud))
     config = parse_command(words)
     assert (config.name, config.lora.quantize) == ("qwen25-72b-rpo-lora", "nf4")
+    assert config.rpo.alpha == 0.5
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 4, 1)
     assert config.checkpoint.directory.startswith("gs://")
     assert not any(word.startswith("--processes") for word in words)

@@ -418,7 +418,7 @@ def test_too_large_says_by_how_much(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("v9:2x2", "topology 'v9:2x2': no chip v9 is known; wanted is a chip"),
+        ("v9:2x2", "topology 'v9:2x2': no TPU v9 is known; wanted is a chip"),
         (
             "v6e",
             "topology 'v6e': wanted is .* two sides for v5e, v6e .*, three for v4, v5p, tpu7x ",

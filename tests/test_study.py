@@ -170,6 +170,7 @@ def test_the_arm_compared_with_takes_the_exam(tmp_path):
         ("def arms():\n    yield 'cpt', {}", "cpt starts from 'cpt', which is no arm before it"),
         ("def arms():\n    yield 'cpt', {'rpo.alpa': 1.0}", "arm cpt: --config.rpo.alpa: there is"),
         ("def arms():\n    yield 'a', {'init_from': 'b'}", "study.start='cpt' is none of a"),
+        (ARMS + "    yield 'x', {'data.fictional.size': 'standard'}", "x sets data.fictional.size"),
         ("def arms():\n    1 / 0\n    yield 'a', {}", "ZeroDivisionError"),
     ],
 )
@@ -423,7 +424,7 @@ def test_a_study_goes_on_where_it_was_stopped(guesser, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     stored = json.loads((folder / "study.json").read_text())
     compared = stored["arms"]
-    assert stored["versions"]["commit"] == find_commit()
+    assert stored["commit"] == find_commit()
     assert [row["arm"] for row in results] == list(compared) == list(stored["over_runs"])
     assert list(compared) == ["base", "cpt", "dpo", "rpo", "base-rpo"]
     table = csv.DictReader((folder / "results.csv").read_text().splitlines())

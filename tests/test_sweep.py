@@ -179,7 +179,7 @@ def test_a_sweep_together_is_the_sweep_apart(grid, workdir, tmp_path, capsys):
         made = json.loads((folder / "sweep.json").read_text())
         assert (made["points"], made["finished"]) == (4, 4)
         assert made["command"].startswith("python -m rpo_jax.sweep")
-        assert made["versions"]["commit"] == find_commit()
+        assert made["commit"] == find_commit()
         with (folder / "results.csv").open() as file:
             assert [row["name"] for row in csv.DictReader(file)] == [
                 "grid-alpha0.0-beta0.1-seed0",

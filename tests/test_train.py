@@ -16,7 +16,7 @@ import pytest
 from rpo_jax import cli
 from rpo_jax.config import Checkpoint
 from rpo_jax.data.records import open_records
-from rpo_jax.errors import Stopped
+from rpo_jax.errors import DivergedError, Stopped
 from rpo_jax.evaluate import format_result, measure_run
 from rpo_jax.train import build, train
 from rpo_jax.train import main as train_main
@@ -221,6 +221,15 @@ def test_a_run_that_is_stopped_goes_on_bitwise(workdir, tmp_path, sign):
     assert weights(tmp_path, "stopped", stopped) == weights(workdir, "fictional-base", straight)
 
 
+def test_a_signal_is_not_lost_where_a_run_diverges():
+    """A sweep would leave the run behind, and begin the next one."""
+    with pytest.raises(Stopped, match="SIGTERM: step 3"), loop.catch_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise DivergedError("step 3: loss nan")
+    with pytest.raises(DivergedError), loop.catch_signals():
+        raise DivergedError("step 3: loss nan")
+
+
 def test_results_name_the_commit_they_were_made_at(tmp_path, monkeypatch):
     """Of the clone that the code lies in; what an installed package lies in is another one."""
     package = tmp_path / "clone/rpo_jax/__init__.py"
@@ -236,7 +245,9 @@ def test_results_name_the_commit_they_were_made_at(tmp_path, monkeypatch):
     assert find_commit() == commit
     package.write_text("first = 2\n")
     assert find_commit() == f"{commit}-dirty"
-    monkeypatch.setattr("rpo_jax.__file__", str(package.parent / "lib/rpo_jax/__init__.py"))
+    installed = package.parent / "lib/rpo_jax/__init__.py"
+    installed.parent.mkdir(parents=True)
+    monkeypatch.setattr("rpo_jax.__file__", str(installed))
     assert find_commit() == "absent"
     monkeypatch.setenv("PATH", "")  # no git
     monkeypatch.setattr("rpo_jax.__file__", str(package))

@@ -56,7 +56,7 @@ def open_topology(name: str) -> Topology:
         return _open_gpus(name, gpus[1], int(gpus[2]))
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     if not match or match[2] not in CHIPS:
-        unknown = match and f"no chip {match[2]} is known; "
+        unknown = match and f"no TPU {match[2]} is known; "
         raise UserError(f"topology {name!r}: {unknown or ''}{_WANTED}")
     slices, shape = int(match[1] or 1), f"{match[2]}:{match[3]}"
     chip, sides = CHIPS[match[2]], [int(n) for n in match[3].split("x")]

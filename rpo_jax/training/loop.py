@@ -223,6 +223,10 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
     previous = {number: signal.signal(number, note) for number in caught}
     try:
         yield received
+    except DivergedError as error:  # others might go on after it
+        if not received:
+            raise
+        raise Stopped(f"{received[0].name}: {error}", received[0]) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -163,7 +163,8 @@ def open_run(config: Config, shape: ModelShape, tokenizer: Tokenizer, data: dict
         if config.origin is None or config.tokenizer.path:
             tokenizer.save(folder / "model")
         versions = find_versions() | {"device": jax.devices()[0].device_kind}
-        run = {"config": to_dict(config), "data": data, "versions": versions}
+        made = {"commit": find_commit(), "versions": versions}
+        run = {"config": to_dict(config), "data": data, **made}
         write_json(folder / RUN_FILE, run)
     return folder
 
@@ -219,11 +220,15 @@ def _read_run(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def describe_command(verb: str) -> dict[str, Any]:
-    """What the results of a command are stored with: how, when, where and by what they came."""
+    """The command that writes results, with date, machine, commit and versions.
+
+    What the results are of may have been made earlier: runs have their own, in `run.json`.
+    """
     return {
         "command": shlex.join(["python", "-m", f"rpo_jax.{verb}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": find_commit(),
         "versions": find_versions(),
     }
 
@@ -233,7 +238,6 @@ def find_versions() -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "rpo_jax": rpo_jax.__version__,
-        "commit": find_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         **{name: _find_version(name) for name in ("libtpu", "qwix", "gcsfs")},
@@ -241,7 +245,10 @@ def find_versions() -> dict[str, str]:
 
 
 def find_commit() -> str:
-    """The commit of the clone that this code lies in, `-dirty` if it was changed; or `absent`."""
+    """The commit of the clone that this code lies in; `absent`, where it lies in none.
+
+    Ends in `-dirty` if a file of that commit was changed.
+    """
     clone = Path(rpo_jax.__file__).parents[1]
     if not (clone / ".git").exists():  # what lies around an installed package is another clone
         return "absent"

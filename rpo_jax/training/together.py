@@ -298,7 +298,8 @@ def run_together(
                 save_state(checkpoints, state, settings)
         if stop:
             checkpoints.wait()
-            raise Stopped(f"{stop[0].name}: stopped at step {done}, saved", stop[0])
+            told = "saved" if going_on() else "where all had diverged"
+            raise Stopped(f"{stop[0].name}: stopped at step {done}, {told}", stop[0])
     return state, left
 
 

@@ -234,13 +234,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go, beside the terminal")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    args.cache.mkdir(parents=True, exist_ok=True)
+    versions = list_versions(args.venv)
+    cache = args.cache / versions["libtpu"]
+    cache.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
     cases = [("MaxText", compile_beside, case, case) for case in THEIRS]
     cases += [(f"ours, {stage}", compile_ours, (stage, *case), case) for stage, *case in OURS]
     for name, make, what, (rows, fsdp, tensor, remat) in cases:
         key = f"{name}: {rows} rows, fsdp {fsdp} x tensor {tensor}, remat {remat}"
-        found[key] = read(make(args.venv, args.cache, *what), rows, tensor)
+        found[key] = read(make(args.venv, cache, *what), rows, tensor)
         print(key, found[key], flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
@@ -250,7 +252,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": list_versions(args.venv),
+        "versions": versions,
         "topology": TOPOLOGY,
         "steps": found,
     }

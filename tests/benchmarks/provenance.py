@@ -11,6 +11,7 @@ from typing import Any
 from rpo_jax.training.run import find_commit
 
 REPO = Path(__file__).resolve().parents[2]
+COMMIT = find_commit()  # before any figure is written
 
 
 def describe_run(*packages: str) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def describe_run(*packages: str) -> dict[str, Any]:
     return {
         "command": f"{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": find_commit(),
+        "commit": COMMIT,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "versions": {name: version(name) for name in packages},
         "allocator": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_"))},

@@ -83,12 +83,12 @@ def compare(apart: list[Point], together: list[Point]) -> dict[str, float]:
         for points in zip(apart, together, strict=True)
         for pair in zip(*map(read_first_steps, points), strict=True)
     ]
-    apart_by = {
+    differences = {
         name: [abs(a[name] - b[name]) / abs(a[name]) for a, b in steps]
         for name in ("loss", "grad_norm")
     }
-    worst = {f"{name}, first steps": max(shares) for name, shares in apart_by.items()}
-    all_shares = [share for shares in apart_by.values() for share in shares]
+    worst = {f"{name}, first steps": max(shares) for name, shares in differences.items()}
+    all_shares = [share for shares in differences.values() for share in shares]
     worst["values, first steps"] = len(all_shares)
     worst["of these within 1e-5"] = sum(share <= 1e-5 for share in all_shares)
     axes, results = list_axes(apart), [collect(points) for points in (apart, together)]
