@@ -27,7 +27,7 @@ from etils import epath
 from rpo_jax.cli import Parser, exit_on_error
 from rpo_jax.config import Mesh as MeshConfig
 from rpo_jax.data.tokenizer import FILE_NAMES, read_tokenizer
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.model.qwen2 import Network, forward, head_table
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.training.opening import find_model
@@ -270,7 +270,7 @@ def make_peer(weights: Weights, against: str, text: str) -> Callable[[], float]:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError('--against wants pip install -c constraints.txt -e ".[parity]"') from error
+        raise UserError(f"--against wants {say_install('parity')}") from error
 
     if in_bucket(weights.folder):
         raise UserError(f"--against: {weights.folder} is in a bucket; copy it to a disk first")

@@ -16,6 +16,11 @@ _PASSING = {
 }
 
 
+def say_install(extra: str) -> str:
+    """The command that installs an extra, in the tested versions."""
+    return f'pip install -c constraints.txt -e ".[{extra}]"'
+
+
 class UserError(ValueError):
     """Bad input, named precisely: what was wrong, where, and what to do about it.
 

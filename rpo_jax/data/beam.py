@@ -30,7 +30,7 @@ from rpo_jax.data.textplan import (
     screen_part,
     spread_passes,
 )
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.writing import in_bucket, write_json
 
 # Split, reason and place of what a step leaves out; its id, and that of what stays instead.
@@ -55,9 +55,7 @@ def make_sets_with_beam(plan: Plan, folder: Path, options: Sequence[str]) -> dic
     try:
         from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
     except ImportError as error:
-        raise UserError(
-            '--beam wants Apache Beam: pip install -c constraints.txt -e ".[beam]"'
-        ) from error
+        raise UserError(f"--beam wants Apache Beam: {say_install('beam')}") from error
     found = find_sets(plan, folder)
     work = open_work(plan, folder)
     with hold(work.folder):

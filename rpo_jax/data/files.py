@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.writing import in_bucket
 
 COMPRESSED = (".gz", ".zst")
@@ -87,9 +87,7 @@ def _match(pattern: str) -> list[str]:
     try:
         from gcsfs import GCSFileSystem
     except ImportError as error:
-        raise UserError(
-            f'{pattern}: gs:// needs gcsfs: pip install -c constraints.txt -e ".[gcs]"'
-        ) from error
+        raise UserError(f"{pattern}: gs:// needs gcsfs: {say_install('gcs')}") from error
     if not glob.has_magic(pattern):
         return [pattern]
     return sorted(f"gs://{name}" for name in GCSFileSystem().glob(pattern))  # epath knows no `**`
@@ -314,9 +312,7 @@ def _arrow(name: str) -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(
-            'Parquet and .zst files need pyarrow: pip install -c constraints.txt -e ".[corpus]"'
-        ) from error
+        raise UserError(f"Parquet and .zst files need pyarrow: {say_install('corpus')}") from error
     module = pyarrow.parquet if name == "pyarrow.parquet" else pyarrow
     assert isinstance(module, ModuleType)
     return module

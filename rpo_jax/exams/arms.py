@@ -103,10 +103,7 @@ def compare_arms(sats: Sequence[Sat], start: str) -> dict[str, dict[str, Any]]:
             "mcnemar": [mcnemar(sat.right(ANSWER_ONLY), sat.right(EXPLAIN_FIRST)) for sat in own],
         }
         if arm != start:
-            from_Q = _pool(base, EXPLAIN_FIRST)
-            change_from_Q = from_Q - _pool(base, ANSWER_ONLY)
-            result["explain_first_gain"] = estimate(by_mode[EXPLAIN_FIRST] - from_Q)
-            result["difference_gain"] = estimate(change_Q - change_from_Q)
+            result |= _estimate_gains(own, base)
         found[arm] = result
     return found
 
@@ -126,20 +123,15 @@ def contrast_arms(sats: Sequence[Sat], arms: Sequence[str]) -> list[dict[str, An
     found = []
     for less, arm in itertools.combinations(arms, 2):
         own, theirs = ([sat for sat in sats if sat.arm == name] for name in (arm, less))
-        explained_Q, answered_Q = (
-            _pool(own, mode) - _pool(theirs, mode) for mode in (EXPLAIN_FIRST, ANSWER_ONLY)
-        )
-        gains = [gain for sat in own if (gain := sat.gains(sats, less))]
+        measures = dict(zip((EXPLAIN_FIRST, "difference"), GAINS, strict=True))
+        over_questions = _estimate_gains(own, theirs)
+        over_runs = [gain for sat in own if (gain := sat.gains(sats, less))]
         found.append(
             {
                 "arm": arm,
                 "less": less,
-                "explain_first": estimate(explained_Q),
-                "difference": estimate(explained_Q - answered_Q),
-                "runs": {
-                    measure: [gain[name] for gain in gains]
-                    for measure, name in zip((EXPLAIN_FIRST, "difference"), GAINS, strict=True)
-                },
+                **{measure: over_questions[gain] for measure, gain in measures.items()},
+                "runs": {m: [run[gain] for run in over_runs] for m, gain in measures.items()},
             }
         )
     return found
@@ -186,6 +178,15 @@ def _estimate_all(measures: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
         name: estimate(values_Q, 0.0 if name in MODES else -1.0)
         for name, values_Q in measures.items()
     }
+
+
+def _estimate_gains(own: Sequence[Sat], theirs: Sequence[Sat]) -> dict[str, dict[str, float]]:
+    """What explaining and the difference gain over another arm, paired by question."""
+    explained_Q, answered_Q = (
+        _pool(own, mode) - _pool(theirs, mode) for mode in (EXPLAIN_FIRST, ANSWER_ONLY)
+    )
+    changes = (explained_Q, explained_Q - answered_Q)
+    return {gain: estimate(change_Q) for gain, change_Q in zip(GAINS, changes, strict=True)}
 
 
 def _estimate_each(

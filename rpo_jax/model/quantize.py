@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.sharding.rules import constrain, gathered, is_whole
 
 Params = dict[str, Any]
@@ -89,9 +89,7 @@ def _qwix() -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise UserError(
-            'lora.quantize wants pip install -c constraints.txt -e ".[quant]"'
-        ) from error
+        raise UserError(f"lora.quantize wants {say_install('quant')}") from error
     return qwix
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.sharding.chips import CHIPS, Chip
 from rpo_jax.sharding.gpus import GPUS
 
@@ -78,15 +78,11 @@ def open_topology(name: str) -> Topology:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except ImportError as error:
-        raise UserError(
-            'libtpu is not installed: pip install -c constraints.txt -e ".[tpu]"'
-        ) from error
+        raise UserError(f"libtpu is not installed: {say_install('tpu')}") from error
     except Exception as error:  # JaxRuntimeError, or RuntimeError where there is no libtpu
         text = str(error)
         if "libtpu" in text and "topology" not in text.lower():
-            raise UserError(
-                f'libtpu cannot be loaded ({text}): pip install -c constraints.txt -e ".[tpu]"'
-            ) from error
+            raise UserError(f"libtpu cannot be loaded ({text}): {say_install('tpu')}") from error
         raise UserError(f"topology {name!r} is not made of whole hosts: {_WANTED}") from error
     wanted = slices * math.prod(sides) * chip.devices
     assert len(described.devices) == wanted, (name, len(described.devices))
@@ -105,6 +101,6 @@ def _open_gpus(name: str, card: str, count: int) -> Topology:
     except (ImportError, NotImplementedError) as error:  # there is no such plugin
         raise UserError(
             f"the compiler for GPUs cannot be loaded ({error}): "
-            'pip install -c constraints.txt -e ".[cuda]"; no GPU is needed'
+            f"{say_install('cuda')}; no GPU is needed"
         ) from error
     return Topology(name, GPUS[card].chip, 1, described.devices, GPUS[card].describe())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from etils import epath
 
-from rpo_jax.errors import UserError
+from rpo_jax.errors import UserError, say_install
 from rpo_jax.model.shape import ModelShape, parse_shape
 from rpo_jax.weights.flow import check_space
 from rpo_jax.weights.manifest import read_manifest
@@ -75,7 +75,7 @@ def _fetch(source: str, revision: str | None, files: list[str]) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise UserError(
-            f'{source}: no such folder; to ask the hub, pip install -c constraints.txt -e ".[hub]"'
+            f"{source}: no such folder; to ask the hub, {say_install('hub')}"
         ) from error
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=files))

@@ -28,6 +28,7 @@ from rpo_jax.sharding.hlo import read_program
 from rpo_jax.sharding.mesh import make_mesh
 from rpo_jax.sharding.speed import Seconds, estimate_seconds
 from rpo_jax.sharding.topology import Topology, open_topology
+from rpo_jax.training.run import find_commit
 from rpo_jax.writing import write_json
 
 REPO = Path(__file__).resolve().parents[2]
@@ -244,13 +245,10 @@ def main() -> None:
         key = f"{name}: {rows} rows, fsdp {fsdp} x tensor {tensor}, remat {remat}"
         found[key] = read(make(args.venv, cache, *what), rows, tensor)
         print(key, found[key], flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=REPO, check=True
-    )
     result = {
         "command": "maxtext_step.py --venv VENV",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commit": find_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
         "topology": TOPOLOGY,
